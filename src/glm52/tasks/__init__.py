@@ -1,0 +1,1 @@
+"""Families of questions with reference replies and scorers; see ``base``."""
