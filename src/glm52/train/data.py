@@ -1,0 +1,120 @@
+"""Windows of packed documents from token shards: the order is a pure function of the seed, so a step number resumes it.
+
+A window holds whole chat documents and pieces of natural text. Attention and both losses stay inside a document. Which
+document comes next is decided by the mixture: the bucket that is furthest behind its share.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm52.cache import Spans
+from glm52.train.shards import Bucket, Shards
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows of T tokens, packed. targets_T: the next token; weight_T: its share of the loss (0 = none).
+
+    draft_weight_T: the same for the token after the next, which the MTP layer predicts.
+    """
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    weight_T: Tensor
+    draft_targets_T: Tensor
+    draft_weight_T: Tensor
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [begin, end) of a bucket; ``has_next``: the token at ``end`` continues the same document."""
+
+    bucket: str
+    begin: int
+    end: int
+    has_next: bool
+
+
+class _Stream:
+    """One bucket's documents in shuffled order, over and over, each epoch in an order of its own."""
+
+    def __init__(self, name: str, bucket: Bucket, seed: int) -> None:
+        self.name, self.offsets, self.seed = name, bucket.offsets, seed
+        self.is_chat = bucket.is_chat
+        self.epoch, self.cursor, self.used = -1, 0, 0
+        self.order = np.empty(0, dtype=np.int64)
+        self.begin = self.end = 0
+
+    def head(self) -> int:
+        """Length of what is left of the current document."""
+        while self.begin >= self.end:
+            if self.cursor >= len(self.order):
+                self.epoch += 1
+                self.order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.offsets) - 1)
+                self.cursor = 0
+            document = self.order[self.cursor]
+            self.begin, self.end = int(self.offsets[document]), int(self.offsets[document + 1])
+            self.cursor += 1
+        return self.end - self.begin
+
+    def take(self, count: int) -> Piece:
+        count = min(count, self.head())
+        piece = Piece(self.name, self.begin, self.begin + count, self.begin + count < self.end)
+        self.begin += count
+        self.used += count
+        return piece
+
+
+def windows(shards: Shards, mixture: Mapping[str, float], window: int, seed: int) -> Iterator[list[Piece]]:
+    """Endless windows as lists of pieces with at most ``window`` tokens. Same arguments, same windows."""
+    streams = {name: _Stream(name, shards.bucket(name), seed + i) for i, name in enumerate(sorted(mixture))}
+    while True:
+        pieces: list[Piece] = []
+        room = window
+        while room > 0:
+            by_need = sorted(streams.values(), key=lambda s: (s.used / mixture[s.name], s.name))
+            chosen = next((s for s in by_need if not s.is_chat or s.head() <= room or not pieces), None)
+            if chosen is None:
+                break
+            piece = chosen.take(room)
+            if chosen.is_chat and piece.has_next:  # longer than a whole window: its tail has lost its question
+                chosen.begin = chosen.end
+            pieces.append(piece)
+            room -= piece.end - piece.begin
+        yield pieces
+
+
+def materialize(
+    shards: Shards, batch: list[list[Piece]], window: int, pad_id: int, prompt_weight: float
+) -> Batch:
+    """Tensors of a list of windows. prompt_weight: the weight of chat tokens that the assistant does not produce."""
+    B = len(batch)
+    tokens = np.full((B, window), pad_id, dtype=np.int64)
+    targets, weight = tokens.copy(), np.zeros((B, window), dtype=np.float32)
+    draft_targets, draft_weight = tokens.copy(), weight.copy()
+    lengths: list[int] = []
+    for b, pieces in enumerate(batch):
+        at = 0
+        for piece in pieces:
+            bucket = shards.bucket(piece.bucket)
+            n = piece.end - piece.begin
+            stop = piece.end + piece.has_next
+            ids = bucket.tokens[piece.begin : stop].astype(np.int64)
+            w = np.where(bucket.reply[piece.begin : stop] > 0, 1.0, prompt_weight if bucket.is_chat else 1.0)
+            tokens[b, at : at + n] = ids[:n]
+            for ahead, out, out_weight in ((1, targets, weight), (2, draft_targets, draft_weight)):
+                count = max(0, len(ids) - ahead)
+                count = min(count, n)
+                out[b, at : at + count] = ids[ahead : ahead + count]
+                out_weight[b, at : at + count] = w[ahead : ahead + count]
+            lengths.append(n)
+            at += n
+        if at < window:
+            lengths.append(window - at)
+    flat = [torch.from_numpy(x.reshape(-1)) for x in (tokens, targets, weight, draft_targets, draft_weight)]
+    return Batch(*flat, spans=Spans.of_documents(lengths, window))
