@@ -1,0 +1,227 @@
+"""What a config.json says: geometry, layer schedule, and the arithmetic that follows from them. No torch.
+
+``GLMConfig`` keeps the official keys under their official names and refuses to guess: a key whose absence would silently
+change the model is an error, and where keys contradict each other the explicit one wins and the contradiction is named.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from glm52.errors import ConfigError
+
+FULL, SHARED = "full", "shared"
+DENSE, SPARSE = "dense", "sparse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLMConfig:
+    """A ``glm_moe_dsa`` model. Fields are config.json's keys; see ``from_dict`` for how missing ones are derived."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    rope_theta: float
+    indexer_types: tuple[str, ...]
+    mlp_layer_types: tuple[str, ...]
+    num_nextn_predict_layers: int = 0
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    latent_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    index_share_for_mtp_iteration: bool = True
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    dtype: str = "bfloat16"
+    quantization_config: Mapping[str, Any] | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def row_width(self) -> int:
+        """Values of one cache row: the latent, then the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def index_layers(self) -> tuple[int, ...]:
+        """Layers that own an indexer; the MTP layer, numbered after the main stack, always does."""
+        full = [i for i, kind in enumerate(self.indexer_types) if kind == FULL]
+        return (*full, *range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers))
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts; the MTP layer's is."""
+        return layer >= self.num_hidden_layers or self.mlp_layer_types[layer] == SPARSE
+
+    @staticmethod
+    def read(path: Path) -> "GLMConfig":
+        """Read a folder's config.json, or the file itself."""
+        file = path if path.is_file() else path / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"{path}: expected a model folder with a config.json, found none")
+        try:
+            data = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{file}: expected a JSON object, found {type(data).__name__}")
+        return GLMConfig.from_dict(data)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "GLMConfig":
+        """Understand an official config.json; ConfigError names the key, what was expected and what was found.
+
+        ``head_dim`` is ignored: it has been published as 64 and as 192 for the same model. ``rope_theta`` is read from
+        ``rope_parameters`` alone. The schedule is ``indexer_types`` if given, else ``index_topk_pattern`` (F/S), else
+        layer i is full iff max(i - offset + 1, 0) % freq == 0 with the published defaults offset 2, freq 1.
+        """
+        if data.get("model_type") != "glm_moe_dsa":
+            raise ConfigError(f"model_type: expected 'glm_moe_dsa', found {data.get('model_type')!r}; "
+                              "this package runs GLM-5, 5.1 and 5.2 only")  # fmt: skip
+        merged = dict(data)
+        merged.setdefault("n_routed_experts", data.get("num_experts"))
+        merged["rope_theta"] = _rope_theta(data)
+        merged["indexer_types"] = _indexer_types(data)
+        merged["mlp_layer_types"] = _mlp_layer_types(data)
+        merged["latent_norm_eps"] = data.get("latent_norm_eps", data.get("rms_norm_eps", 1e-5))
+        merged["dtype"] = data.get("dtype", data.get("torch_dtype", "bfloat16"))
+        eos = data.get("eos_token_id")
+        merged["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        values = {f.name: merged[f.name] for f in fields(GLMConfig) if merged.get(f.name) is not None}
+        try:
+            config = GLMConfig(**values)
+        except TypeError as error:
+            raise ConfigError(f"config.json lacks required keys: {error}") from error
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"{f.name}: expected an integer >= 0, found {value!r}")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank",
+                     "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_topk"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.qk_rope_head_dim % 2 or self.index_head_dim < self.qk_rope_head_dim:
+            raise ConfigError(f"qk_rope_head_dim: expected an even number up to index_head_dim {self.index_head_dim}, "
+                              f"found {self.qk_rope_head_dim}")  # fmt: skip
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ConfigError(f"num_experts_per_tok: expected at most n_routed_experts {self.n_routed_experts}, "
+                              f"found {self.num_experts_per_tok}")  # fmt: skip
+        if (self.n_group, self.topk_group) != (1, 1):
+            raise ConfigError(f"n_group, topk_group: expected 1, 1 (GLM groups no experts), "
+                              f"found {self.n_group}, {self.topk_group}")  # fmt: skip
+        if self.num_nextn_predict_layers > 1:
+            raise ConfigError(f"num_nextn_predict_layers: expected 0 or 1, found {self.num_nextn_predict_layers}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official config.json, with every key that other engines read."""
+        data: dict[str, Any] = {"architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa"}
+        data |= {f.name: getattr(self, f.name) for f in fields(self)}
+        del data["rope_theta"], data["latent_norm_eps"]
+        if self.quantization_config is None:
+            del data["quantization_config"]
+        freq_offset = _freq_offset(self.indexer_types)
+        return data | {
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_interleave": True,
+            "indexer_rope_interleave": True,
+            "indexer_types": list(self.indexer_types),
+            "mlp_layer_types": list(self.mlp_layer_types),
+            "first_k_dense_replace": self.mlp_layer_types.count(DENSE),
+            "moe_layer_freq": 1,
+            "eos_token_id": list(self.eos_token_id),
+            "num_key_value_heads": self.num_attention_heads,
+            "qk_head_dim": self.qk_head_dim,
+            "head_dim": self.qk_rope_head_dim,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_router_dtype": "float32",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            "index_topk_pattern": None,
+        } | ({"index_topk_freq": freq_offset[0], "index_skip_topk_offset": freq_offset[1]} if freq_offset else {})
+
+
+def _rope_theta(data: Mapping[str, Any]) -> float:
+    rope = data.get("rope_parameters")
+    if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_theta"), int | float):
+        raise ConfigError("rope_parameters: expected an object with a number rope_theta, found "
+                          f"{rope!r}; without it positions would silently use another base")  # fmt: skip
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"rope_parameters.rope_type: expected 'default', found {rope['rope_type']!r}")
+    return float(rope["rope_theta"])
+
+
+def _by_frequency(layers: int, freq: int, offset: int) -> tuple[str, ...]:
+    return tuple(FULL if max(i - offset + 1, 0) % freq == 0 else SHARED for i in range(layers))
+
+
+def _freq_offset(types: tuple[str, ...]) -> tuple[int, int] | None:
+    """The (freq, offset) whose rule gives these types, if one does."""
+    candidates = ((f, o) for f in range(1, len(types) + 1) for o in (3, 2, *range(4, len(types) + 2), 1))
+    return next(((f, o) for f, o in candidates if _by_frequency(len(types), f, o) == types), None)
+
+
+def _layers(data: Mapping[str, Any]) -> int:
+    layers = data.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise ConfigError(f"num_hidden_layers: expected an integer >= 1, found {layers!r}")
+    return layers
+
+
+def _indexer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
+    layers = _layers(data)
+    explicit, pattern = data.get("indexer_types"), data.get("index_topk_pattern")
+    if explicit is not None:
+        types = tuple(explicit)
+    elif pattern is not None:
+        types = tuple({"F": FULL, "S": SHARED}.get(letter, letter) for letter in pattern)
+    else:
+        freq = data.get("index_topk_freq")
+        offset = data.get("index_skip_topk_offset")
+        types = _by_frequency(layers, 1 if freq is None else freq, 2 if offset is None else offset)
+    if len(types) != layers or set(types) - {FULL, SHARED}:
+        raise ConfigError(f"indexer_types: expected {layers} times 'full' or 'shared', found {len(types)} entries "
+                          f"with values {sorted(set(map(str, types)))}")  # fmt: skip
+    if types[0] != FULL:
+        raise ConfigError("indexer_types: expected layer 0 to be 'full' (it has no layer to share with)")
+    return types
+
+
+def _mlp_layer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
+    layers = _layers(data)
+    explicit = data.get("mlp_layer_types")
+    if explicit is None:
+        dense = data.get("first_k_dense_replace", 0)
+        return tuple(DENSE if i < dense else SPARSE for i in range(layers))
+    types = tuple(explicit)
+    if len(types) != layers or set(types) - {DENSE, SPARSE}:
+        raise ConfigError(f"mlp_layer_types: expected {layers} times 'dense' or 'sparse', found {len(types)} entries")
+    return types
