@@ -4,6 +4,8 @@ Nothing here knows layers, caches or requests. Sums that the contract fixes in f
 inputs, in float64. The legend of tensor suffixes is in CONVENTIONS.md.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -360,19 +362,27 @@ def write_rows(pool_NZ: Tensor, row_T: Tensor, x_TZ: Tensor) -> None:
     pool_NZ[row_T] = x_TZ.to(pool_NZ.dtype)
 
 
+def softmax_gradient(logits_TW: Tensor, targets_T: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token in fp32, and the gradient of the weighted sum in the dtype of the logits."""
+    x = wide(logits_TW)
+    largest = x.amax(-1, keepdim=True)
+    e = (x - largest).exp()
+    total = e.sum(-1, keepdim=True)
+    loss_T = (total.log() + largest - x.gather(1, targets_T[:, None])).squeeze(1)
+    is_target = torch.arange(x.shape[1]) == targets_T[:, None]
+    return loss_T, ((e / total - is_target.to(x.dtype)) * weight_T[:, None]).to(logits_TW.dtype)
+
+
 class _TokenLoss(torch.autograd.Function):
     """Cross-entropy in chunks of tokens; gradients are taken on the way forward, so logits are never kept."""
 
     @staticmethod
-    def forward(ctx, h_TD, w_WD, targets_T, weight_T, chunk, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, h_TD, w_WD, targets_T, weight_T, chunk, dtype, softmax):  # type: ignore[no-untyped-def]
         h, w = h_TD.detach().to(dtype), w_WD.detach().to(dtype)
         loss_T, grad_h, grad_w = wide(h).new_empty(len(h)), torch.empty_like(h_TD), torch.zeros_like(w_WD)
         for begin in range(0, len(h), chunk):
             t = slice(begin, begin + chunk)
-            log_p = wide(h[t] @ w.t()).log_softmax(-1)
-            loss_T[t] = -log_p.gather(1, targets_T[t, None]).squeeze(1)
-            grad = log_p.exp_().scatter_add_(1, targets_T[t, None], -log_p.new_ones(len(log_p), 1))
-            grad = (grad * weight_T[t, None]).to(dtype)
+            loss_T[t], grad = softmax(h[t] @ w.t(), targets_T[t], weight_T[t])
             grad_h[t] = (grad @ w).to(grad_h.dtype)
             grad_w += grad.t() @ h[t]
         ctx.save_for_backward(grad_h, grad_w)
@@ -382,16 +392,22 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _loss_T):  # type: ignore[no-untyped-def]
         grad_h, grad_w = ctx.saved_tensors
-        return grad * grad_h, grad * grad_w, None, None, None, None
+        return grad * grad_h, grad * grad_w, None, None, None, None, None
 
 
 def token_loss(
-    h_TD: Tensor, w_WD: Tensor, targets_T: Tensor, weight_T: Tensor, chunk: int = 2048
+    h_TD: Tensor,
+    w_WD: Tensor,
+    targets_T: Tensor,
+    weight_T: Tensor,
+    chunk: int = 1024,
+    softmax: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = softmax_gradient,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of next-token cross-entropies (nats), and each token's own, which carries no gradient.
 
     Chunked over tokens: full logits never exist. Matrix products in the autocast dtype, softmax and sums in fp32.
+    ``softmax`` may be a compiled ``softmax_gradient``.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else h_TD.dtype
-    total, loss_T = _TokenLoss.apply(h_TD, w_WD, targets_T, weight_T, chunk, dtype)
+    total, loss_T = _TokenLoss.apply(h_TD, w_WD, targets_T, weight_T, chunk, dtype, softmax)
     return total, loss_T

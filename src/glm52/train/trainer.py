@@ -73,7 +73,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A complete run. init: folder of weights to start from; None = random weights."""
+    """A complete run, from random weights."""
 
     name: str
     config: GLMConfig
@@ -81,7 +81,6 @@ class Recipe:
     seed: int = 0
     clip_norm: float = 1.0
     save_every_s: float = 600.0
-    init: str | None = None
 
 
 class Trainer:
@@ -98,7 +97,9 @@ class Trainer:
         self.adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
         self.stage_index = self.step_in_stage = self.tokens_seen = 0
         self._last_save = time.monotonic()
+        self.softmax = ops.softmax_gradient
         if compiled:
+            self.softmax = torch.compile(ops.softmax_gradient, dynamic=False)
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
         if (out / "checkpoint.pt").exists():
@@ -170,16 +171,16 @@ class Trainer:
 
     def _losses(self, batch: Batch, distill: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Summed next-token loss, summed MTP loss, mean indexer loss of a micro-batch."""
-        model, zero = self.model, torch.zeros(())
+        model, head, zero = self.model, self.model.lm_head.weight, torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
             h, index = model.forward_distill(batch.tokens_T, batch.spans) if distill else (
                 model(batch.tokens_T, batch.spans), zero)
-            main, _ = ops.token_loss(h, model.lm_head.weight, batch.targets_T, batch.weight_T)
+            main, _ = ops.token_loss(h, head, batch.targets_T, batch.weight_T, softmax=self.softmax)
             if model.mtp is None or (not self.stage.mtp_weight and not distill):
                 return main, zero, index
             z, mtp_index = model.draft_distill(h, batch.targets_T, batch.spans) if distill else (
                 model.draft(h, batch.targets_T, batch.spans)[0], zero)
-            draft, _ = ops.token_loss(z, model.lm_head.weight, batch.draft_targets_T, batch.draft_weight_T)
+            draft, _ = ops.token_loss(z, head, batch.draft_targets_T, batch.draft_weight_T, softmax=self.softmax)
         return main, draft, index + mtp_index
 
     def _trained(self) -> list[torch.nn.Parameter]:

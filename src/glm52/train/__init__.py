@@ -1,0 +1,1 @@
+"""Learning: data, losses, optimizers, the training loop and its command."""

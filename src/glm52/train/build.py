@@ -1,0 +1,203 @@
+"""``glm52 data``: a tokenizer and token shards from local packages and our own generators.
+
+Natural text makes the buckets code, prose and multilingual; generated conversations make chat_code, chat_maths,
+chat_general and, for long contexts, chat_long. Each natural bucket has a held-out twin ``.test``. Everything is a function of
+the seed and of what is installed; the manifest records both.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import random
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from glm52 import tasks
+from glm52.chat import ChatTemplate, Thinking
+from glm52.errors import ConfigError
+from glm52.tasks.base import Bucket, Example
+from glm52.tokenizer import Tokenizer
+from glm52.train.corpus import SOURCES, Corpus
+from glm52.train.shards import write_bucket
+
+logger = logging.getLogger(__name__)
+
+NATURAL = ("code", "prose", "multilingual")
+# Shares of all generated tokens; chat_long is needles, tables and lists far beyond a training window.
+CHAT_SHARES = {"chat_code": 0.27, "chat_maths": 0.33, "chat_general": 0.3, "chat_long": 0.1}
+
+# Names and order of GLM's special tokens; they stand at the end of the vocabulary.
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
+    "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_transcription|>", "<|end_of_transcription|>",
+    "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+    "<tool_response>", "</tool_response>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
+    "<|begin_of_box|>", "<|end_of_box|>", "<|image|>", "<|video|>",
+)  # fmt: skip
+# GLM's pre-tokenizer with one change: numbers are split into single digits.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="write token shards")
+    build.add_argument("--tokens", type=float, default=22e6, help="tokens to aim at (default: 22e6)")
+    build.add_argument("--model", type=Path, default=None, help="folder with tokenizer.json and chat template")
+    build.add_argument("--only", default=None, help="comma-separated buckets to build again")
+    train = actions.add_parser("tokenizer", help="train the byte-level BPE tokenizer")
+    train.add_argument("--vocab-size", type=int, default=4096)
+    for action in (build, train):
+        action.add_argument("--out", type=Path, required=True, help="folder to write")
+        action.add_argument("--sources", type=Path, action="append", default=[], help="folder of unpacked packages")
+        action.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    args.out.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus(args.sources, args.seed)
+    if args.action == "tokenizer":
+        train_tokenizer(args.out, corpus, args.vocab_size, args.seed)
+    else:
+        folder = args.model or Path(__file__).parent.parent / "nano"
+        build_shards(args.out, corpus, folder, int(args.tokens), args.only.split(",") if args.only else None, args.seed)
+    return 0
+
+
+def train_tokenizer(out: Path, corpus: Corpus, vocab_size: int, seed: int, sample_chars: int = 16_000_000) -> None:
+    """Write tokenizer.json: a third code, a fifth prose, a fifth other languages, the rest rendered conversations."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex
+    from tokenizers import Tokenizer as Backend
+
+    template = ChatTemplate.read(Path(__file__).parent.parent / "nano")
+    backend = Backend(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    backend.decoder = decoders.ByteLevel()
+
+    def texts() -> Iterator[str]:
+        for bucket, share in (("code", 0.3), ("prose", 0.2), ("multilingual", 0.25)):
+            room = int(share * sample_chars)
+            documents = [d.text[:8000] for d in corpus.documents(bucket)]
+            random.Random(seed).shuffle(documents)
+            for text in documents:
+                yield text
+                room -= len(text)
+                if room < 0:
+                    break
+        rng, room = random.Random(seed), int(0.25 * sample_chars)
+        while room > 0:
+            text = _plain(template, tasks.draw(rng, "train"))
+            room -= len(text)
+            yield text
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=16, show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(texts(), trainer)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    if backend.get_vocab_size() != vocab_size:
+        raise ConfigError(f"--vocab-size: expected {vocab_size} entries, found {backend.get_vocab_size()}; add sources")
+    backend.save(str(out / "tokenizer.json"))
+
+
+def _plain(template: ChatTemplate, example: Example) -> str:
+    """A conversation as text with its special tokens turned to line breaks: what the merges should be learned from."""
+    text = template.render([*example.messages, *example.target], example.tools, example.thinking, add_generation_prompt=False)
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, "\n")
+    return text
+
+
+def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list[str] | None, seed: int) -> None:
+    """Write every bucket and the manifest; natural text makes at most 45 % of the tokens, conversations the rest."""
+    tokenizer, template = Tokenizer.read(model), ChatTemplate.read(model)
+    path = out / "manifest.json"
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"buckets": {}}
+    for bucket in NATURAL:
+        if only is None or bucket in only:
+            documents = list(corpus.documents(bucket))
+            for name, is_test in ((bucket, False), (f"{bucket}.test", True)):
+                texts = [d.text for d in documents if d.is_test == is_test]
+                random.Random(seed).shuffle(texts)
+                manifest["buckets"][name] = write_bucket(out, name, _tokenized(tokenizer, texts, bucket, seed))
+    for name, share in CHAT_SHARES.items():
+        if only is None or name in only:
+            room = int(tokens * 0.6 * share)
+            manifest["buckets"][name] = write_bucket(out, name, conversations(tokenizer, template, name, room, seed))
+    manifest |= {
+        "seed": seed,
+        "python": platform.python_version(),
+        "versions": {s.module: version(s.module) for s in SOURCES if s.module and s.module != "stdlib"},
+    }
+    if only is None or set(only) & set(NATURAL):
+        manifest["sources"] = [
+            {"name": s.name, "bucket": s.bucket, "licence": s.licence, "documents": corpus.counts[s.name],
+             "characters": corpus.taken[s.name]} for s in SOURCES
+        ]  # fmt: skip
+    path.write_text(json.dumps(manifest, indent=1))
+
+
+def _tokenized(tokenizer: Tokenizer, texts: list[str], bucket: str, seed: int) -> Iterator[tuple[list[int], None]]:
+    """Documents as ids, ended by <|endoftext|>; a fifth of the code with its middle moved to the end."""
+    end = tokenizer.id("<|endoftext|>")
+    assert end is not None
+    rng = random.Random(f"{seed}:{bucket}")
+    for text in tqdm(texts, desc=bucket, unit="doc"):
+        ids = tokenizer.encode(text, special=False)
+        if bucket == "code" and rng.random() < 0.2:
+            a, b = sorted(rng.randrange(len(ids) + 1) for _ in range(2))
+            prefix, middle, suffix = (tokenizer.id(f"<|code_{p}|>") for p in ("prefix", "middle", "suffix"))
+            ids = [prefix, *ids[:a], suffix, *ids[b:], middle, *ids[a:b]]  # type: ignore[list-item]
+        yield [*ids, end], None
+
+
+def conversations(
+    tokenizer: Tokenizer, template: ChatTemplate, name: str, tokens: int, seed: int
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Rendered training conversations of a bucket until ``tokens`` are reached; a third hold several turns."""
+    rng = random.Random(f"{seed}:{name}")
+    with tqdm(total=tokens, desc=name, unit="tok", unit_scale=True) as bar:
+        while bar.n < tokens:
+            messages, tools, thinking = _conversation(rng, name)
+            ids, mask = template.render_training(tokenizer, messages, tools, thinking)
+            bar.update(len(ids))
+            yield ids, mask
+
+
+def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] | None, Thinking]:
+    if name == "chat_long":
+        task, level = rng.choice((("needle", 3), ("needle", 4), ("needle", 5), ("needle", 5), ("key_value", 4)))
+        example = tasks.TASKS[task].generate(rng, split="train", level=level)
+    else:
+        bucket = next(b for b in get_args(Bucket) if name == f"chat_{b}")
+        example = tasks.draw(rng, "train", bucket)
+    messages, thinking = [*example.messages, *example.target], example.thinking
+    if rng.random() < 0.1:
+        messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM)})
+    if example.tools is None and name != "chat_long" and rng.random() < 0.33:
+        thinking = Thinking(enabled=thinking.enabled, effort=thinking.effort, clear=False)
+        for _ in range(rng.randint(1, 2)):
+            more = tasks.draw(rng, "train", rng.choice(("maths", "general")))
+            while more.tools is not None:
+                more = tasks.draw(rng, "train", "maths")
+            if more.thinking.enabled == thinking.enabled:
+                messages += [*more.messages, *more.target]
+    return messages, example.tools, thinking
+
+
+_SYSTEM = (
+    "You are a helpful assistant.", "Be brief.", "Answer the user.", "You are nano, a small demo model.",
+    "You are a careful assistant. Answer with the result only.", "Help the user with short answers.",
+)  # fmt: skip
