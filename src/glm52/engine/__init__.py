@@ -1,0 +1,7 @@
+"""The inference engine: sequences, scheduling, sampling, speculation, streams."""
+
+from glm52.engine.engine import Engine, Stats, generate
+from glm52.engine.params import SamplingParams
+from glm52.engine.sequence import Event, FinishReason, Sequence, TokenLogprob
+
+__all__ = ["Engine", "Event", "FinishReason", "SamplingParams", "Sequence", "Stats", "TokenLogprob", "generate"]

@@ -1,0 +1,301 @@
+"""Continuous batching over one model and one cache: schedule, forward, sample and verify, commit, draft.
+
+Greedy output does not depend on the batch, the chunks, prefix hits, preemption or drafts. The engine gets its model
+handed in; it knows nothing of files, plans or protocols.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm52.cache import LatentCache, Spans
+from glm52.engine.params import SamplingParams
+from glm52.engine.sampling import Array, distribution, log_probabilities, pick, processed, residual, uniform
+from glm52.engine.scheduler import Scheduler, Work
+from glm52.engine.sequence import Event, Sequence, TokenLogprob, draw_seed
+from glm52.errors import RequestError
+from glm52.model import GLM
+from glm52.pages import Pages
+from glm52.tokenizer import Tokenizer
+
+
+@dataclass
+class Stats:
+    """Totals since the start. accepted[i]: how often the draft at depth i was right, of drafted[i] times."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    forward_s: float = 0.0
+    drafted: list[int] = field(default_factory=lambda: [0] * 5)
+    accepted: list[int] = field(default_factory=lambda: [0] * 5)
+
+
+class Engine:
+    """num_rows: cache rows for all sequences together. num_drafts: tokens proposed by the MTP layer per step, 0 to 5."""
+
+    def __init__(
+        self,
+        model: GLM,
+        *,
+        num_rows: int,
+        page_size: int = 64,
+        max_batch_tokens: int = 512,
+        max_seqs: int = 32,
+        num_drafts: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        if num_drafts and model.mtp is None:
+            raise RequestError("drafts: this checkpoint has no MTP layer; use 0", param="drafts")
+        if not 0 <= num_drafts <= 5:
+            raise RequestError(f"drafts: expected 0 to 5, found {num_drafts}", param="drafts")
+        if max_batch_tokens < max_seqs:
+            raise RequestError(
+                f"max_batch_tokens: expected at least max_seqs {max_seqs}, found {max_batch_tokens}",
+                param="max_batch_tokens",
+            )
+        self.model, self.tokenizer, self.num_drafts = model, tokenizer, num_drafts
+        self.pages = Pages(num_rows // page_size, page_size)
+        self.cache = LatentCache(model.config, self.pages.num_pages * page_size, model.dtype)
+        self.scheduler = Scheduler(self.pages, max_batch_tokens, max_seqs)
+        self.stats = Stats()
+        self._eos = frozenset(model.config.eos_token_id)
+        self._next_id = 0
+
+    @property
+    def context_length(self) -> int:
+        """The longest prompt plus reply this engine can hold."""
+        return min(self.model.config.max_position_embeddings, self.cache.num_rows)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def submit(self, tokens: Iterable[int], params: SamplingParams) -> Sequence:
+        """Queue a prompt. RequestError if it can never be served."""
+        prompt = list(tokens)
+        if not prompt:
+            raise RequestError("prompt: expected at least one token, found none", param="messages")
+        if len(prompt) >= self.context_length:
+            raise RequestError(
+                f"This model's maximum context length is {self.context_length} tokens. However, your messages resulted "
+                f"in {len(prompt)} tokens. Please reduce the length of the messages.",
+                param="messages", code="context_length_exceeded",
+            )  # fmt: skip
+        bad = next((t for t in (*prompt, *params.logit_bias) if not 0 <= t < self.model.config.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param="prompt")
+        seq = Sequence(
+            id=self._next_id, prompt=prompt, params=params, seed=draw_seed(params.seed), tokens=list(prompt),
+            max_tokens=min(params.max_tokens, self.context_length - len(prompt)),
+            detokenizer=self.tokenizer.stream() if self.tokenizer else None,
+        )  # fmt: skip
+        self._next_id += 1
+        self.scheduler.waiting.append(seq)
+        self.stats.prompt_tokens += len(prompt)
+        return seq
+
+    def abort(self, seq: Sequence) -> None:
+        """Drop a sequence at once; a finished one is left alone."""
+        if seq.finish_reason is None:
+            seq.finish_reason = "abort"
+            self.scheduler.leave(seq)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Advance every scheduled sequence by one step; its new tokens come back as events."""
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        began = time.perf_counter()
+        h_TD = self.model(self._tokens(work), self._spans([(w.seq, w.seq.num_cached, w.count) for w in work]), self.cache)
+        events = self._sample_and_verify(work, h_TD)
+        self._commit_and_draft(work, h_TD)
+        self.stats.steps += 1
+        self.stats.forward_s += time.perf_counter() - began
+        return events
+
+    def check(self) -> None:
+        """Assert that pages and sequences agree."""
+        self.pages.check([s.pages for s in self.scheduler.running])
+        assert all(not s.pages for s in self.scheduler.waiting)
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tokens(self, work: list[Work]) -> Tensor:
+        ids: list[int] = []
+        for w in work:
+            ids += (w.seq.tokens + w.seq.drafts)[w.seq.num_cached : w.seq.num_cached + w.count]
+        return torch.tensor(ids)
+
+    def _spans(self, parts: list[tuple[Sequence, int, int]]) -> Spans:
+        """Spans of tokens [begin, begin + count) of each sequence over the cache.
+
+        A draft step may stand beyond the pages its sequence has; it writes no row, so any row number will do for it.
+        """
+        size = self.pages.page_size
+        widest = max(len(seq.pages) for seq, _, _ in parts)
+        tables = torch.tensor([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], dtype=torch.int32)
+        positions = torch.cat([torch.arange(begin, begin + count) for _, begin, count in parts])
+        seq_T = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([count for _, _, count in parts]))
+        lengths = [begin + count for _, begin, count in parts]
+        return Spans(
+            positions_T=positions,
+            seq_T=seq_T,
+            row_T=tables[seq_T, (positions // size).clamp(max=widest - 1)].to(torch.int64) * size + positions % size,
+            tables_SP=tables,
+            lengths_S=torch.tensor(lengths),
+            max_length=max(lengths),
+            page_size=size,
+        )
+
+    def _sample_and_verify(self, work: list[Work], h_TD: Tensor) -> list[Event]:
+        """Tokens of the sequences whose prompt is now complete: accepted drafts and one token of the model's own."""
+        ends, at = [], 0
+        for w in work:
+            at += w.count
+            if w.seq.num_cached + w.count - w.drafts == len(w.seq.tokens):
+                ends.append((w, at))
+        if not ends:
+            return []
+        rows = torch.cat([torch.arange(end - w.drafts - 1, end) for w, end in ends])
+        logits = self.model.logits(h_TD[rows]).double().numpy()
+        events, at = [], 0
+        for w, _ in ends:
+            events.append(self._advance(w, logits[at : at + w.drafts + 1]))
+            at += w.drafts + 1
+        return events
+
+    def _advance(self, w: Work, logits_KW: Array) -> Event:
+        """Verify one sequence's drafts against their logits and append what stands."""
+        seq = w.seq
+        token_ids: list[int] = []
+        text, logprobs = "", []
+        if not np.isfinite(logits_KW).all():
+            return self._fail(seq, "the model produced logits that are not finite")
+        for depth, logits_W in enumerate(logits_KW):
+            token, is_draft = self._choose(seq, logits_W, depth if depth < w.drafts else None)
+            if depth < w.drafts:
+                self.stats.drafted[depth] += 1
+                self.stats.accepted[depth] += is_draft
+                seq.num_drafted += 1
+                seq.num_accepted += is_draft
+            piece = seq.append(token, self._eos)
+            if piece is not None:
+                token_ids.append(token)
+                text += piece
+                if seq.params.logprobs is not None:
+                    logprobs.append(_logprob(logits_W, token, seq.params.logprobs))
+            if seq.finish_reason is not None or not is_draft:
+                break
+        if seq.finish_reason is not None:
+            text += seq.close_text()
+        self.stats.output_tokens += len(token_ids)
+        return Event(seq=seq, token_ids=token_ids, text=text, logprobs=logprobs, finish_reason=seq.finish_reason)
+
+    def _choose(self, seq: Sequence, logits_W: Array, depth: int | None) -> tuple[int, bool]:
+        """The token at the end of ``seq`` -> it, and whether it is the draft at ``depth``.
+
+        Greedy drafts must be the argmax. Sampled ones are accepted with probability min(1, p/q) and otherwise replaced
+        by a draw from the residual, which keeps the distribution exact. Source: Leviathan et al., 2211.17192.
+        """
+        params, position = seq.params, len(seq.tokens)
+        x = processed(logits_W, params, seq.prompt, seq.output)
+        if params.is_greedy:
+            token = int(np.argmax(x))
+            return token, depth is not None and token == seq.drafts[depth]
+        p = distribution(x, params)
+        if depth is None:
+            return pick(p, uniform(seq.seed, position, "token")), False
+        draft, q = seq.drafts[depth], seq.draft_probabilities[depth]
+        assert q is not None
+        if uniform(seq.seed, position, "accept") * q[draft] < p[draft]:
+            return draft, True
+        return pick(residual(p, q), uniform(seq.seed, position, "residual")), False
+
+    def _fail(self, seq: Sequence, reason: str) -> Event:
+        seq.finish_reason = "error"
+        return Event(seq=seq, finish_reason="error", error=reason)
+
+    def _commit_and_draft(self, work: list[Work], h_TD: Tensor) -> None:
+        """Count the rows that now stand, write the MTP layer's, draft, share full pages, retire the finished."""
+        extend: list[tuple[Sequence, Tensor, int]] = []
+        at = 0
+        for w in work:
+            seq, begin, end = w.seq, w.seq.num_cached, w.seq.num_cached + w.count
+            seq.drafts, seq.draft_probabilities = [], []
+            # The newest token has no row yet; rows of rejected drafts lie beyond it and will be overwritten.
+            seq.num_cached = min(end, len(seq.tokens) - 1)
+            extend.append((seq, h_TD[at : at + seq.num_cached - begin], begin))
+            at += w.count
+        if self.num_drafts:
+            self._draft(extend)
+        for seq, _, _ in extend:
+            self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
+            if seq.finish_reason is not None:
+                self.stats.cached_tokens += seq.num_cached_tokens
+                self.scheduler.leave(seq)
+
+    def _draft(self, extend: list[tuple[Sequence, Tensor, int]]) -> None:
+        """Write the MTP rows of verified positions, then propose tokens for sequences that are at their end.
+
+        The row of position i needs the target's hidden state there and token i + 1. Later steps of a round reuse the
+        selection made at the last verified token and write nothing, so they read target-derived rows alone.
+        """
+        parts = [(seq, begin, len(h)) for seq, h, begin in extend if len(h)]
+        if not parts:
+            return
+        next_tokens = torch.tensor([t for seq, begin, n in parts for t in seq.tokens[begin + 1 : begin + n + 1]])
+        z_TD, ids_TG = self.model.draft(torch.cat([h for _, h, _ in extend]), next_tokens, self._spans(parts), self.cache)
+        assert ids_TG is not None
+        ends = torch.tensor([n for _, _, n in parts]).cumsum(0) - 1
+        chosen = [
+            i for i, (seq, begin, n) in enumerate(parts)
+            if begin + n == len(seq.tokens) - 1 and seq.finish_reason is None and self._has_room(seq)
+        ]  # fmt: skip
+        if not chosen:
+            return
+        seqs = [parts[i][0] for i in chosen]
+        z_SD, ids_SG = z_TD[ends[chosen]], ids_TG[ends[chosen]]
+        for depth in range(self.num_drafts):
+            logits = self.model.logits(z_SD).double().numpy()
+            proposed = [self._propose(seq, x) for seq, x in zip(seqs, logits, strict=True)]
+            if depth + 1 < self.num_drafts:
+                spans = self._spans([(seq, len(seq.tokens) - 1 + depth, 1) for seq in seqs])
+                z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, ids_SG)
+
+    def _has_room(self, seq: Sequence) -> bool:
+        """Whether all drafts and one more token fit before the sequence must end."""
+        return len(seq.output) + self.num_drafts + 1 <= seq.max_tokens
+
+    def _propose(self, seq: Sequence, logits_W: Array) -> int:
+        """Append one draft to a sequence, drawn the way its token will be."""
+        position = len(seq.tokens) + len(seq.drafts)
+        x = processed(logits_W, seq.params, seq.prompt, seq.output + seq.drafts)
+        if seq.params.is_greedy:
+            token, q = int(np.argmax(x)), None
+        else:
+            q = distribution(x, seq.params)
+            token = pick(q, uniform(seq.seed, position, "draft"))
+        seq.drafts.append(token)
+        seq.draft_probabilities.append(q)
+        return token
+
+
+def _logprob(logits_W: Array, token: int, count: int) -> TokenLogprob:
+    logp = log_probabilities(logits_W)
+    best = np.argsort(-logp, kind="stable")[:count]
+    return TokenLogprob(token, float(logp[token]), {int(i): float(logp[i]) for i in best})
+
+
+def generate(engine: Engine, prompts: Iterable[list[int]], params: SamplingParams) -> list[Sequence]:
+    """Run prompts to their end -> their sequences, in order."""
+    seqs = [engine.submit(p, params) for p in prompts]
+    while any(s.finish_reason is None for s in seqs):
+        engine.step()
+    return seqs

@@ -1,0 +1,81 @@
+"""From logits to a token: penalties, truncation, and draws that depend on the seed and the position alone.
+
+Arrays are numpy float64 of the vocabulary's length [W]. A draw is a pure function of (seed, position, purpose), so a
+sampled reply does not depend on what else is in the batch.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm52.engine.params import SamplingParams
+
+Array = NDArray[np.float64]
+_PURPOSES = {"token": 0, "draft": 1, "accept": 2, "residual": 3}
+
+
+def uniform(seed: int, position: int, purpose: Literal["token", "draft", "accept", "residual"]) -> float:
+    """A number in [0, 1) for one decision at one position."""
+    key = np.array([seed & (2**64 - 1), (position << 2) | _PURPOSES[purpose]], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
+
+
+def processed(logits_W: Array, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Array:
+    """Logits after bias and penalties. prompt and output: all tokens before this one."""
+    plain = not params.logit_bias and params.repetition_penalty == 1.0
+    if plain and not params.presence_penalty and not params.frequency_penalty:
+        return logits_W
+    x = logits_W.copy()
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    if params.repetition_penalty != 1.0:
+        seen = np.fromiter({*prompt, *output}, dtype=np.int64)
+        x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)
+    for token, count in Counter(output).items():
+        x[token] -= params.presence_penalty + params.frequency_penalty * count
+    return x
+
+
+def distribution(logits_W: Array, params: SamplingParams) -> Array:
+    """Probabilities after temperature, top_k, top_p and min_p, in this order. Ties at a cut keep the lowest ids."""
+    x = logits_W / params.temperature
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    if params.top_k or params.top_p < 1.0:
+        order = np.argsort(-p, kind="stable")
+        sorted_p = p[order]
+        kept = np.ones(len(p), dtype=bool)
+        if params.top_k:
+            kept[params.top_k :] = False
+        if params.top_p < 1.0:
+            total = sorted_p[kept].sum()
+            kept &= np.cumsum(sorted_p) - sorted_p < params.top_p * total
+            kept[0] = True
+        p[order[~kept]] = 0.0
+    if params.min_p:
+        p[p < params.min_p * p.max()] = 0.0
+    out: Array = p / p.sum()
+    return out
+
+
+def pick(p_W: Array, u: float) -> int:
+    """The token at quantile u of a distribution."""
+    cumulative = np.cumsum(p_W)
+    return int(min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), np.flatnonzero(p_W)[-1]))
+
+
+def residual(p_W: Array, q_W: Array) -> Array:
+    """What to draw from after a draft from q was rejected under p: the normalised positive part of p - q."""
+    r = np.maximum(p_W - q_W, 0.0)
+    out: Array = r / r.sum() if r.sum() > 0 else p_W
+    return out
+
+
+def log_probabilities(logits_W: Array) -> Array:
+    """Natural logarithms of the model's own probabilities, before temperature and truncation."""
+    x = logits_W - logits_W.max()
+    out: Array = x - np.log(np.exp(x).sum())
+    return out

@@ -1,0 +1,103 @@
+"""Who computes how many tokens in the next step. Plain data in, a plan out; the pages are its only resource.
+
+Running sequences come first, oldest first, each with its next token and its drafts; what is left of the token budget
+goes to prompts in chunks. When pages run out the youngest running sequence is put back, whole, to be computed again.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from glm52.engine.sequence import Sequence
+from glm52.pages import Pages
+
+
+@dataclass(frozen=True)
+class Work:
+    """Compute tokens [num_cached, num_cached + count) of a sequence; the last ``drafts`` of them are its drafts."""
+
+    seq: Sequence
+    count: int
+    drafts: int
+
+
+@dataclass
+class Scheduler:
+    """Queues and the budget of a step: at most ``max_batch_tokens`` tokens of at most ``max_seqs`` sequences."""
+
+    pages: Pages
+    max_batch_tokens: int
+    max_seqs: int
+    running: list[Sequence] = field(default_factory=list)
+    waiting: deque[Sequence] = field(default_factory=deque)
+    num_preemptions: int = 0
+
+    def schedule(self) -> list[Work]:
+        """The next step's work; its pages are allocated."""
+        plan: list[Work] = []
+        budget = self.max_batch_tokens
+        for seq in list(self.running):
+            if seq in self.running:  # an older one's need may have put it back
+                work = self._continue(seq, budget - self._seats_behind(seq))
+                if work is not None:
+                    plan.append(work)
+                    budget -= work.count
+        while self.waiting and budget > 0 and len(self.running) < self.max_seqs:
+            work = self._admit(self.waiting[0], budget)
+            if work is None:
+                break
+            self.running.append(self.waiting.popleft())
+            plan.append(work)
+            budget -= work.count
+        return plan
+
+    def _seats_behind(self, seq: Sequence) -> int:
+        """One token is kept for every running sequence behind this one, so that a long prompt stalls nobody."""
+        return len(self.running) - self.running.index(seq) - 1
+
+    def _continue(self, seq: Sequence, budget: int) -> Work | None:
+        count = min(seq.num_uncached, budget)
+        drafts = min(len(seq.drafts), budget - count) if count == seq.num_uncached else 0
+        while not self._grow(seq, seq.num_cached + count + drafts):
+            youngest = self.running[-1]
+            self.preempt(youngest)
+            if youngest is seq:
+                return None
+        return Work(seq, count + drafts, drafts)
+
+    def _admit(self, seq: Sequence, budget: int) -> Work | None:
+        """Start a sequence if all of its tokens would fit now, beginning after the prefix that is cached."""
+        pages = self.pages.match(seq.tokens)
+        if self.pages.pages_for(len(seq.tokens) + 1) - len(pages) > self.pages.available:
+            self.pages.release(pages)
+            return None
+        seq.pages = pages
+        seq.num_cached = len(pages) * self.pages.page_size
+        seq.num_cached_tokens = max(seq.num_cached_tokens, min(seq.num_cached, len(seq.prompt)))
+        count = min(seq.num_uncached, budget)
+        grown = self._grow(seq, seq.num_cached + count)
+        assert grown
+        return Work(seq, count, 0)
+
+    def _grow(self, seq: Sequence, num_rows: int) -> bool:
+        """Allocate what the sequence lacks for that many rows; False if there are too few pages."""
+        lacking = self.pages.pages_for(num_rows) - len(seq.pages)
+        if lacking > self.pages.available:
+            return False
+        seq.pages += self.pages.allocate(max(0, lacking))
+        return True
+
+    def preempt(self, seq: Sequence) -> None:
+        """Back to the head of the queue; its full pages stay findable until someone needs them."""
+        self.leave(seq)
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def leave(self, seq: Sequence) -> None:
+        """Take a sequence out of whichever queue it is in, and its pages back."""
+        if seq in self.running:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        self.pages.release(seq.pages)
+        seq.pages, seq.num_cached = [], 0
+        seq.drafts, seq.draft_probabilities = [], []

@@ -1,0 +1,101 @@
+"""One request inside the engine: its tokens, its rows, its drafts, and the text it has become."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from glm52.engine.params import SamplingParams
+from glm52.engine.sampling import Array
+from glm52.tokenizer import Detokenizer
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of the token chosen, and of the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    top: Mapping[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What one step brought a sequence. text is what the new tokens made certain; the last event has finish_reason."""
+
+    seq: "Sequence"
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """State of one request. num_cached: leading tokens whose rows are in the pool. num_cached_tokens: prompt
+    tokens that a shared prefix saved. drafts: proposed continuations, with the distributions they were drawn from (None when greedy)."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    tokens: list[int]
+    detokenizer: Detokenizer | None = None
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    num_cached_tokens: int = 0
+    drafts: list[int] = field(default_factory=list)
+    draft_probabilities: list[Array | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    held_text: str = ""
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_uncached(self) -> int:
+        return len(self.tokens) - self.num_cached
+
+    def append(self, token: int, eos: frozenset[int]) -> str | None:
+        """Take a sampled token -> the text it made certain, or None if the token itself ended the reply unseen."""
+        params = self.params
+        if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
+            self.finish_reason = "stop"
+            return None
+        self.tokens.append(token)
+        text = self._visible_text([token])
+        if self.finish_reason is None and len(self.tokens) - len(self.prompt) >= self.max_tokens:
+            self.finish_reason = "length"
+        return text
+
+    def close_text(self) -> str:
+        """The text held back, once the reply has ended for another reason than a stop string."""
+        rest = self.held_text + (self.detokenizer.close() if self.detokenizer else "")
+        self.held_text = ""
+        return rest
+
+    def _visible_text(self, tokens: list[int]) -> str:
+        """New text up to a stop string; what could be the beginning of one is held back."""
+        if self.detokenizer is None:
+            return ""
+        text = self.held_text + self.detokenizer.feed(tokens)
+        at = min((i for i in (text.find(s) for s in self.params.stop) if i >= 0), default=None)
+        if at is not None:
+            self.finish_reason, self.held_text = "stop", ""
+            self.detokenizer = None
+            return text[:at]
+        hold = max((n for s in self.params.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held_text = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def draw_seed(seed: int | None) -> int:
+    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed

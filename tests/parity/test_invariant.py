@@ -1,0 +1,186 @@
+"""The great invariant: greedy output is the same for the naive forward and for the engine, whatever the batch mix, the
+chunk size, prefix hits, preemption, aborts of others, and speculation.
+
+The model is float64: torch's matrix products round differently for different batch shapes, and in float64 that is far
+too little to flip a near tie, so any difference is a bug of bookkeeping.
+"""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from glm52.cache import Spans
+from glm52.config import GLMConfig
+from glm52.engine import Engine, SamplingParams, Sequence, generate
+from glm52.engine.sampling import distribution
+from glm52.model import GLM
+
+VOCAB = 61
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+def tiny_config(vocab_size: int = VOCAB) -> GLMConfig:
+    layers = 7
+    return GLMConfig(
+        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, q_lora_rank=24,
+        kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=16, intermediate_size=48,
+        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, index_n_heads=2, index_head_dim=8,
+        index_topk=6, rope_theta=1e4, indexer_types=("full", "full", "full", "shared", "shared", "shared", "full"),
+        mlp_layer_types=("dense", *["sparse"] * (layers - 1)), num_nextn_predict_layers=1, routed_scaling_factor=2.5,
+        max_position_embeddings=512, eos_token_id=(0,),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> GLM:
+    model = GLM(tiny_config()).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        p.copy_(1.0 + 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64) if p.dim() == 1 and "bias" not in name
+                else torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5)  # fmt: skip
+    return model
+
+
+@torch.inference_mode()
+def naive(model: GLM, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens by running the whole forward, without a cache, for every one of them."""
+    tokens = list(prompt)
+    for _ in range(count):
+        h = model(torch.tensor(tokens), Spans.of_documents([len(tokens)]))
+        tokens.append(int(np.argmax(model.logits(h[-1:])[0].numpy())))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def corpus(model: GLM) -> list[tuple[list[int], list[int]]]:
+    """Prompts with their continuations; several begin alike."""
+    rng = random.Random(0)
+    stems = [[rng.randrange(1, VOCAB) for _ in range(24)] for _ in range(3)]
+    prompts = [rng.choice(stems)[: rng.randint(0, 24)] + [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
+               for _ in range(14)]  # fmt: skip
+    return [(p, naive(model, p, 16)) for p in prompts]
+
+
+def run_schedule(model: GLM, corpus: list[tuple[list[int], list[int]]], rng: random.Random) -> Counter[str]:
+    """One random engine, random arrivals, lengths and aborts; every reply must be a prefix of the naive one."""
+    max_seqs = rng.randint(1, 5)
+    page_size = rng.choice((1, 2, 4, 8))
+    engine = Engine(
+        model, num_rows=rng.choice((56, 56, 72, 256)), page_size=page_size, max_seqs=max_seqs,
+        max_batch_tokens=rng.choice((max_seqs, max_seqs + 3, 16, 64)) + max_seqs, num_drafts=rng.choice((0, 0, 1, 2, 5)),
+    )  # fmt: skip
+    todo = [rng.choice(corpus) for _ in range(rng.randint(1, 6))]
+    living: list[tuple[Sequence, list[int]]] = []
+    done = 0
+    while todo or living:
+        if todo and rng.random() < 0.6:
+            prompt, expected = todo.pop()
+            count = rng.randint(1, len(expected))
+            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count)
+            living.append((engine.submit(prompt, params), expected[:count]))
+        engine.step()
+        engine.check()
+        if living and rng.random() < 0.03:
+            engine.abort(living.pop(rng.randrange(len(living)))[0])
+        for seq, expected in list(living):
+            if seq.finish_reason is not None:
+                assert (seq.output, seq.finish_reason) == (expected, "length")
+                living.remove((seq, expected))
+                done += 1
+    assert not engine.has_work
+    engine.check()
+    return Counter(
+        done=done, hits=engine.stats.cached_tokens, preemptions=engine.scheduler.num_preemptions,
+        drafted=sum(engine.stats.drafted), accepted=sum(engine.stats.accepted),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_greedy_output_is_identical_over_random_schedules(model: GLM, corpus, block: int) -> None:
+    """26 random schedules each; together they must have met prefix hits, preemptions and drafts."""
+    total: Counter[str] = Counter()
+    for i in range(26):
+        total += run_schedule(model, corpus, random.Random(100 * block + i))
+    assert total["done"] > 50 and total["hits"] > 0 and total["preemptions"] > 0 and total["drafted"] > 0
+
+
+class Oracle(GLM):
+    """A model whose drafts are right with a given probability: exercises every number of accepted drafts."""
+
+    answers: list[int]
+    rng: random.Random
+    accuracy: float
+
+    def draft(self, h_TD, tokens_T, spans, cache=None, selection=None):  # type: ignore[no-untyped-def]
+        """Write the rows like the real one, but let z point at the token that will be right."""
+        z, ids = super().draft(h_TD, tokens_T, spans, cache, selection)
+        self.targets = [
+            self.answers[p + 2] if p + 2 < len(self.answers) and self.rng.random() < self.accuracy else 1
+            for p in spans.positions_T.tolist()
+        ]
+        self.marks = z
+        return z, ids
+
+    def logits(self, h_TD):  # type: ignore[no-untyped-def]
+        out = super().logits(h_TD)
+        if getattr(self, "marks", None) is not None and h_TD.shape[0] == 1:
+            for row, target in zip(self.marks, self.targets, strict=True):
+                if torch.equal(row, h_TD[0]):
+                    return torch.nn.functional.one_hot(torch.tensor([target]), out.shape[1]).double() * 100
+        return out
+
+
+@pytest.mark.parametrize("accuracy", [1.0, 0.6])
+@pytest.mark.parametrize("num_drafts", [1, 3, 5])
+def test_accepted_drafts_change_nothing_but_the_number_of_steps(model: GLM, corpus, num_drafts: int, accuracy: float) -> None:
+    oracle = Oracle(model.config).double().eval().requires_grad_(False)
+    oracle.load_state_dict(model.state_dict())
+    oracle.rng, oracle.accuracy = random.Random(1), accuracy
+    for prompt, expected in corpus[:6]:
+        oracle.answers, oracle.marks = prompt + expected, None
+        engine = Engine(oracle, num_rows=128, page_size=4, num_drafts=num_drafts)
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=len(expected))
+        assert generate(engine, [prompt], params)[0].output == expected
+        engine.check()
+        if accuracy == 1.0:
+            assert sum(engine.stats.accepted) == sum(engine.stats.drafted) > 0
+            assert engine.stats.steps <= -(-len(expected) // (num_drafts + 1)) + num_drafts + 1
+        else:
+            assert 0 < sum(engine.stats.accepted) < sum(engine.stats.drafted)
+
+
+def test_seeded_samples_do_not_depend_on_the_batch(model: GLM, corpus) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=12, ignore_eos=True)
+    prompts = [p for p, _ in corpus[:5]]
+    alone = [generate(Engine(model, num_rows=128), [p], params)[0].output for p in prompts]
+    together = generate(Engine(model, num_rows=512, max_batch_tokens=33), prompts, params)
+    assert [s.output for s in together] == alone
+
+
+def test_speculative_sampling_keeps_the_distribution(model: GLM) -> None:
+    """The third token after a prompt, drawn 800 times with drafts and without: the same frequencies (chi-square)."""
+    prompt, draws = [3, 5, 8], 800
+    counts = {}
+    for drafts in (0, 3):
+        engine = Engine(model, num_rows=4096, page_size=4, max_seqs=64, max_batch_tokens=512, num_drafts=drafts)
+        outputs: Counter[int] = Counter()
+        for begin in range(0, draws, 64):
+            for i in range(begin, min(begin + 64, draws)):
+                engine.submit(prompt, SamplingParams(temperature=0.8, top_k=5, seed=i, max_tokens=8, ignore_eos=True))
+            seqs = list(engine.scheduler.waiting)
+            while engine.has_work:
+                engine.step()
+            outputs.update(s.output[2] for s in seqs)
+        counts[drafts] = outputs
+    tokens = [t for t in set(counts[0]) | set(counts[3]) if counts[0][t] + counts[3][t] >= 10]
+    chi2 = sum((counts[0][t] - counts[3][t]) ** 2 / (counts[0][t] + counts[3][t]) for t in tokens)
+    freedom = len(tokens) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5, (chi2, freedom)
+
+
+def test_top_p_keeps_the_smallest_set() -> None:
+    p = distribution(np.log(np.array([0.5, 0.3, 0.2])), SamplingParams(top_p=0.6))
+    assert np.allclose(p, [0.625, 0.375, 0.0])
