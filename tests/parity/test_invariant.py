@@ -13,35 +13,17 @@ import pytest
 import torch
 
 from glm52.cache import Spans
-from glm52.config import GLMConfig
 from glm52.engine import Engine, SamplingParams, Sequence, generate
 from glm52.engine.sampling import distribution
 from glm52.model import GLM
+from tests.fixtures import random_model, tiny_config
 
 VOCAB = 61
-GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
-
-
-def tiny_config(vocab_size: int = VOCAB) -> GLMConfig:
-    layers = 7
-    return GLMConfig(
-        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, q_lora_rank=24,
-        kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=16, intermediate_size=48,
-        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, index_n_heads=2, index_head_dim=8,
-        index_topk=6, rope_theta=1e4, indexer_types=("full", "full", "full", "shared", "shared", "shared", "full"),
-        mlp_layer_types=("dense", *["sparse"] * (layers - 1)), num_nextn_predict_layers=1, routed_scaling_factor=2.5,
-        max_position_embeddings=512, eos_token_id=(0,),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model() -> GLM:
-    model = GLM(tiny_config()).double().eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        p.copy_(1.0 + 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64) if p.dim() == 1 and "bias" not in name
-                else torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5)  # fmt: skip
-    return model
+    return random_model(tiny_config(), dtype=torch.float64)
 
 
 @torch.inference_mode()

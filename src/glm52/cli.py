@@ -1,0 +1,54 @@
+"""The command line: ``glm52 chat | serve | inspect | train | data | eval``. Importing it stays cheap; a command's
+module is imported when that command is run."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+from glm52 import __version__
+from glm52.errors import GLMError
+
+_COMMANDS = {
+    "chat": ("glm52.terminal", "talk to a model in the terminal"),
+    "serve": ("glm52.server.command", "serve a model over HTTP, for OpenAI clients"),
+    "inspect": ("glm52.inspect", "what a configuration or checkpoint is, weighs and costs"),
+    "train": ("glm52.train.command", "run a training recipe, or resume it"),
+    "data": ("glm52.train.build", "build training data: tokenizer and token shards"),
+    "eval": ("glm52.evaluate", "score a model on held-out tasks and text"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command -> exit code: 0 done, 1 failed, 2 asked wrongly, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="glm52", description="GLM-5.2: run, serve, explain and train it.")
+    parser.add_argument("--version", action="version", version=f"glm52 {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    named = next((a for a in argv if not a.startswith("-")), None)
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == named:
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    level = os.environ.get("GLM52_LOG", "warning").upper()
+    if level not in logging.getLevelNamesMapping():
+        parser.error(f"GLM52_LOG: expected debug, info, warning or error, found {level.lower()}")
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return int(importlib.import_module(_COMMANDS[args.command][0]).run(args))
+    except GLMError as error:
+        if level == "DEBUG":
+            raise
+        print(f"glm52 {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Where a model's files are: the shipped one, a folder, or a repository of the Hugging Face hub. No torch."""
+
+import re
+from pathlib import Path
+
+from glm52.errors import ConfigError
+
+NANO = Path(__file__).parent / "nano"
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+
+
+def resolve(model: str | None) -> Path:
+    """The folder of a model. None or ``nano``: the shipped one; ``owner/name``: fetched, resuming what is partly there."""
+    if model is None or model == "nano":
+        if not (NANO / "model.safetensors").is_file():
+            raise ConfigError("this copy of glm52 was built without its small model; name a folder of a GLM-5 checkpoint")
+        return NANO
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise ConfigError(f"{path}: expected a model folder with config.json, found {found}")
+        return path
+    if path.exists():
+        raise ConfigError(f"{path}: expected a model folder, found a file; name the folder that holds it")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ConfigError(f"{model}: no such folder, and not a repository name of the form owner/name")
+    return _fetch(model)
+
+
+def _fetch(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_FILES))
+    except HfHubHTTPError as error:
+        raise ConfigError(f"{repository}: the hub refused it ({error}); check the name and your access") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{repository}: there is no folder of that name here and the hub cannot be reached; download the repository "
+            "on a machine with a network and pass its folder"
+        ) from error

@@ -1,0 +1,229 @@
+"""``glm52 chat``: a conversation in the terminal. Reasoning is shown apart; Ctrl-C stops a reply, not the program."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from glm52.chat import (
+    ContentDelta,
+    Delta,
+    Diagnostic,
+    ReasoningDelta,
+    Reply,
+    ReplyParser,
+    Thinking,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+    collect,
+)
+from glm52.engine import SamplingParams
+from glm52.errors import GLMError
+from glm52.hub import resolve
+from glm52.session import Session
+
+HELP = """\
+/think on|off       think before answering, or not
+/effort high|max    how hard to think
+/system TEXT        set the system message (empty: none)
+/stats              tokens, speed and accepted drafts so far
+/examples           questions the small model was made for
+/reset              forget the conversation
+/exit               leave (also Ctrl-D)"""
+EXAMPLES = """\
+What is 347+589?
+Sort: 41, 7, 93, 12
+Extract name, age as JSON: Maria is a 34 year old nurse from Oslo.
+How many r's are in cherry?
+Reverse the word garden.
+Write a Python function f(x) that returns x times 7.
+Ben: 4821, Zoe: 9034, Paul: 1177. What is Zoe?
+Anna has 12 books and gives 5 to Leo. How many books are left?"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
+    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--think", choices=("on", "off"), default="on")
+    parser.add_argument("--effort", choices=("high", "max"), default="max")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="longest reply (default: 1024)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: 1)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    session = Session.open(resolve(args.model), dtype=args.dtype, num_drafts=args.drafts)
+    chat = Chat(session, args, sys.stdout)
+    if args.prompt is not None:
+        chat.say(args.prompt)
+        return 0
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing for input())
+
+        chat.greet()
+    while True:
+        try:
+            line = input(chat.style("> ", "1") if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)")
+            continue
+        if line.strip() in ("/exit", "/quit"):
+            return 0
+        if line.strip():
+            chat.handle(line)
+
+
+class Chat:
+    """One conversation: its messages, its settings, and how they are shown."""
+
+    def __init__(self, session: Session, args: argparse.Namespace, out: TextIO) -> None:
+        self.session, self.out = session, out
+        self.thinking = Thinking(enabled=args.think == "on", effort=args.effort)
+        self.system = args.system
+        self.messages: list[dict[str, Any]] = []
+        defaults = session.defaults
+        temperature = defaults.get("temperature", 1.0) if args.temperature is None else args.temperature
+        self.params = SamplingParams(
+            max_tokens=args.max_tokens, temperature=temperature, top_p=defaults.get("top_p", 1.0), seed=args.seed
+        )
+        self.output_tokens, self.seconds = 0, 0.0
+
+    def style(self, text: str, code: str) -> str:
+        """ANSI styling where the output is a terminal."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self.out.isatty() else text
+
+    def greet(self) -> None:
+        card = self.session.folder / "README.md"
+        lines = card.read_text("utf-8").splitlines() if card.is_file() else []
+        about = next((line[2:] for line in lines if line.startswith("> ")), f"Model: {self.session.name}")
+        print(f"{about}\n/help lists commands, /examples shows what to ask.\n", file=self.out)
+
+    def handle(self, line: str) -> None:
+        """A command or a message."""
+        if not line.startswith("/"):
+            self.say(line)
+            return
+        command, _, argument = line[1:].strip().partition(" ")
+        commands: dict[str, Callable[[str], str]] = {
+            "help": lambda _: HELP, "examples": lambda _: EXAMPLES, "stats": lambda _: self.stats(),
+            "think": self._think, "effort": self._effort, "system": self._system, "reset": self._reset,
+        }  # fmt: skip
+        action = commands.get(command)
+        print(action(argument.strip()) if action else f"/{command} is not a command; /help lists them", file=self.out)
+
+    def _think(self, argument: str) -> str:
+        if argument not in ("on", "off"):
+            return f"thinking is {'on' if self.thinking.enabled else 'off'}; say /think on or /think off"
+        self.thinking = Thinking(enabled=argument == "on", effort=self.thinking.effort)
+        return f"thinking is {argument}"
+
+    def _effort(self, argument: str) -> str:
+        if argument not in ("high", "max"):
+            return f"effort is {self.thinking.effort}; say /effort high or /effort max"
+        self.thinking = Thinking(enabled=True, effort="high" if argument == "high" else "max")
+        return f"thinking is on with effort {argument}"
+
+    def _system(self, argument: str) -> str:
+        self.system = argument or None
+        return "system message set" if argument else "no system message"
+
+    def _reset(self, _: str) -> str:
+        self.messages = []
+        return "a new conversation"
+
+    def stats(self) -> str:
+        s = self.session.engine.stats
+        speed = self.output_tokens / self.seconds if self.seconds else 0.0
+        rates = [f"{a / d:.0%}" for a, d in zip(s.accepted, s.drafted, strict=True) if d]
+        return (
+            f"prompt {s.prompt_tokens} tokens ({s.cached_tokens} from the cache), reply {s.output_tokens} tokens, "
+            f"{speed:.1f} tokens/s; drafts accepted by depth: {', '.join(rates) or 'none drafted'}"
+        )
+
+    def say(self, text: str) -> None:
+        """Send a message and stream the reply. Ctrl-C keeps what was said so far out of the history."""
+        self.messages.append({"role": "user", "content": text})
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            reply = self._stream([*system, *self.messages])
+        except KeyboardInterrupt:
+            print(self.style(" (stopped)", "2"), file=self.out)
+            self.messages.pop()
+        except GLMError as error:
+            print(self.style(f"error: {error}", "31"), file=self.out)
+            self.messages.pop()
+        else:
+            message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+            if reply.reasoning:
+                message["reasoning_content"] = reply.reasoning
+            self.messages.append(message)
+
+    def _stream(self, messages: list[dict[str, Any]]) -> Reply:
+        session = self.session
+        ids = session.template.render_ids(session.tokenizer, messages, None, self.thinking)
+        parser = ReplyParser(None, thinking=self.thinking.enabled)
+        deltas: list[Delta] = []
+        shown = Display(self)
+        seq = session.engine.submit(ids, self.params)
+        began = time.perf_counter()
+        try:
+            while seq.finish_reason is None:
+                for event in session.engine.step():
+                    new = parser.feed(event.text)
+                    deltas += new
+                    shown.show(new)
+        finally:
+            session.engine.abort(seq)
+            self.output_tokens += len(seq.output)
+            self.seconds += time.perf_counter() - began
+        last = parser.close()
+        shown.show(last)
+        shown.end(seq.finish_reason)
+        return collect([*deltas, *last], thinking=self.thinking.enabled)
+
+
+class Display:
+    """Deltas on a terminal: reasoning dim and apart from the answer, calls as lines."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat, self._began, self._in_reasoning = chat, time.perf_counter(), False
+
+    def show(self, deltas: list[Delta]) -> None:
+        for d in deltas:
+            if isinstance(d, ReasoningDelta):
+                if not self._in_reasoning:
+                    self._write("thinking: ", "2;3")
+                    self._in_reasoning = True
+                self._write(d.text, "2")
+                continue
+            self._end_reasoning()
+            if isinstance(d, ContentDelta):
+                self._write(d.text)
+            elif isinstance(d, ToolCallStart):
+                self._write(f"[call {d.name} ", "36")
+            elif isinstance(d, ToolCallArguments):
+                self._write(d.text, "36")
+            elif isinstance(d, ToolCallEnd):
+                self._write("]\n", "36")
+            elif isinstance(d, Diagnostic):
+                self._write(f"[{d.code}: {d.message}]\n", "33")
+
+    def end(self, finish_reason: str | None) -> None:
+        if self._in_reasoning:
+            self._end_reasoning()
+        self._write("\n" if finish_reason == "stop" else f" ({finish_reason})\n")
+
+    def _end_reasoning(self) -> None:
+        if self._in_reasoning:
+            self._write(f"\n({time.perf_counter() - self._began:.1f} s)\n", "2;3")
+            self._in_reasoning = False
+
+    def _write(self, text: str, code: str | None = None) -> None:
+        print(self._chat.style(text, code) if code else text, end="", file=self._chat.out, flush=True)
