@@ -153,7 +153,6 @@ def mla_expanded(
     ids_TG: Tensor | None,
     spans: Spans,
     scale: float,
-    block: int = 128,
 ) -> Tensor:
     """MLA with keys and values written out, for tokens whose context is the batch itself (no cache) -> o_THV.
 
@@ -164,12 +163,11 @@ def mla_expanded(
     q, k, v, seq = _expand(q_nope_THA, q_rope_THR, rows_TZ, kv_b_HEC, spans)
     chosen = None if ids_TG is None else _windowed_mask(ids_TG, window)
     out = []
-    for begin in range(0, window, block):
-        end = min(begin + block, window)
+    for begin, end in _blocks(window):
         allowed = _visible(seq, begin, end)
         if chosen is not None:
             allowed = allowed & chosen[:, begin:end, :end]
-        scores = (q[:, :, begin:end] @ k[:, :, :end].transpose(-1, -2)).to(wide(q).dtype) * scale
+        scores = wide(q[:, :, begin:end] @ k[:, :, :end].transpose(-1, -2)) * scale
         p = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
         out.append(p.to(v.dtype) @ v[:, :, :end])
     return torch.cat(out, dim=2).transpose(1, 2).flatten(0, 1)
@@ -187,6 +185,12 @@ def _expand(
     k = torch.cat((kv[..., :A], k_rope), dim=-1)
     q, k, v = (x.unflatten(0, (-1, window)).transpose(1, 2) for x in (q, k, kv[..., A:]))
     return q, k, v, spans.seq_T.view(-1, window)
+
+
+def _blocks(window: int) -> list[tuple[int, int]]:
+    """Blocks of queries: small enough to skip most of the masked half, few enough to unroll."""
+    block = max(128, window // 8)
+    return [(begin, min(begin + block, window)) for begin in range(0, window, block)]
 
 
 def _visible(seq_BT: Tensor, begin: int, end: int) -> Tensor:
@@ -213,7 +217,6 @@ def index_distillation(
     ids_TG: Tensor | None,
     spans: Spans,
     scale: float,
-    block: int = 128,
 ) -> Tensor:
     """KL(attention, averaged over heads || softmax of the index scores), mean over tokens: the indexer's loss.
 
@@ -225,8 +228,7 @@ def index_distillation(
         q, k, _, seq = _expand(q_nope_THA, q_rope_THR, rows_TZ, kv_b_HEC, spans)
         chosen = None if ids_TG is None else _windowed_mask(ids_TG, window)
     total = scores_BTT.new_zeros(())
-    for begin in range(0, window, block):
-        end = min(begin + block, window)
+    for begin, end in _blocks(window):
         with torch.no_grad():
             allowed = _visible(seq, begin, end)
             if chosen is not None:

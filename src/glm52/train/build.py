@@ -23,7 +23,7 @@ from glm52.errors import ConfigError
 from glm52.tasks.base import Bucket, Example
 from glm52.tokenizer import Tokenizer
 from glm52.train.corpus import SOURCES, Corpus
-from glm52.train.shards import write_bucket
+from glm52.shards import write_bucket
 
 logger = logging.getLogger(__name__)
 

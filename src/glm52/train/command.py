@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glm52.errors import ConfigError
 from glm52.train import parallel
-from glm52.train.shards import Shards
+from glm52.shards import Shards
 from glm52.train.trainer import Metrics, Recipe, Trainer, describe
 
 logger = logging.getLogger(__name__)

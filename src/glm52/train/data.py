@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glm52.cache import Spans
-from glm52.train.shards import Bucket, Shards
+from glm52.shards import Bucket, Shards
 
 
 @dataclass(frozen=True)

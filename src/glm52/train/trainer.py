@@ -25,7 +25,7 @@ from glm52.model import GLM, Router
 from glm52.train import parallel
 from glm52.train.data import Batch, Piece, materialize, windows
 from glm52.train.optim import Muon, uses_muon
-from glm52.train.shards import Shards
+from glm52.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ class Trainer:
         self._last_save = time.monotonic()
         self.softmax = ops.softmax_gradient
         if compiled:
+            # A graph for each kind of layer, window and loss: more than dynamo's default allows.
+            torch._dynamo.config.recompile_limit = 64
             self.softmax = torch.compile(ops.softmax_gradient, dynamic=False)
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
