@@ -90,6 +90,73 @@ class GLMConfig:
         return GLMConfig.from_dict(data)
 
     @staticmethod
+    def preset(name: str) -> "GLMConfig":
+        """A published configuration by name; ConfigError lists the names."""
+        folder = Path(__file__).parent / "presets"
+        names = sorted(p.stem for p in folder.glob("*.json"))
+        if name not in names:
+            raise ConfigError(f"{name}: expected a folder or one of the presets {', '.join(names)}")
+        return GLMConfig.read(folder / f"{name}.json")
+
+    def weights(self) -> dict[str, int]:
+        """Parameters by part. ``router biases`` are kept apart: they are buffers, not trained by gradients."""
+        D, H, C = self.hidden_size, self.num_attention_heads, self.kv_lora_rank
+        attention = D * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * H * self.qk_head_dim
+        attention += D * self.row_width + C + C * H * (self.qk_nope_head_dim + self.v_head_dim) + H * self.v_head_dim * D
+        X, I = self.index_n_heads, self.index_head_dim  # noqa: E741
+        indexer = self.q_lora_rank * X * I + D * I + 2 * I + D * X
+        expert = 3 * D * self.moe_intermediate_size
+        moe = expert * (self.n_routed_experts + self.n_shared_experts) + self.n_routed_experts * D
+        num_sparse = sum(self.is_sparse(i) for i in range(self.num_hidden_layers))
+        num_full = self.indexer_types.count(FULL)
+        mtp = attention + indexer + moe + 2 * D + 2 * D * D + 3 * D
+        return {
+            "embedding and head": 2 * self.vocab_size * D + D,
+            "attention": self.num_hidden_layers * (attention + 2 * D),
+            "indexers": num_full * indexer,
+            "dense MLP": (self.num_hidden_layers - num_sparse) * 3 * D * self.intermediate_size,
+            "experts and routers": num_sparse * moe,
+            "MTP layer": self.num_nextn_predict_layers * mtp,
+            "router biases": (num_sparse + self.num_nextn_predict_layers) * self.n_routed_experts,
+        }
+
+    def num_parameters(self) -> int:
+        """All parameters with the MTP layer, without the routers' biases."""
+        return sum(n for part, n in self.weights().items() if part != "router biases")
+
+    def active_parameters(self) -> int:
+        """Matrix weights one token passes: output head in, embedding, norms and the MTP layer out."""
+        D, H, C = self.hidden_size, self.num_attention_heads, self.kv_lora_rank
+        attention = D * self.q_lora_rank + self.q_lora_rank * H * self.qk_head_dim + D * self.row_width
+        attention += C * H * (self.qk_nope_head_dim + self.v_head_dim) + H * self.v_head_dim * D
+        indexer = self.q_lora_rank * self.index_n_heads * self.index_head_dim
+        indexer += D * (self.index_head_dim + self.index_n_heads)
+        experts = self.num_experts_per_tok + self.n_shared_experts
+        sparse = 3 * D * self.moe_intermediate_size * experts + self.n_routed_experts * D
+        num_sparse = sum(self.is_sparse(i) for i in range(self.num_hidden_layers))
+        dense = (self.num_hidden_layers - num_sparse) * 3 * D * self.intermediate_size
+        matrices = self.num_hidden_layers * attention + self.indexer_types.count(FULL) * indexer
+        return matrices + num_sparse * sparse + dense + self.vocab_size * D
+
+    def row_bytes(self, fmt: str) -> tuple[int, int]:
+        """Cache bytes of one token in one layer: its row, and its index key where the layer owns an indexer.
+
+        fmt ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per 128 values and bf16 rotated key; E4M3 index key with
+        one fp32 scale. Source: the FlashMLA README.
+        """
+        if fmt == "bf16":
+            return 2 * self.row_width, 2 * self.index_head_dim
+        if fmt == "fp8":
+            scales = -(-self.kv_lora_rank // 128)
+            return self.kv_lora_rank + 4 * scales + 2 * self.qk_rope_head_dim, self.index_head_dim + 4
+        raise ValueError(f"fmt: expected bf16 or fp8, found {fmt!r}")
+
+    def cache_bytes(self, fmt: str) -> int:
+        """Cache bytes of one token over the main stack: rows of every layer, index keys of the full ones."""
+        row, key = self.row_bytes(fmt)
+        return self.num_hidden_layers * row + self.indexer_types.count(FULL) * key
+
+    @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "GLMConfig":
         """Understand an official config.json; ConfigError names the key, what was expected and what was found.
 

@@ -1,0 +1,180 @@
+"""``glm52 inspect``: what a configuration or checkpoint is, weighs and costs. Reads headers only, and no torch."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from glm52.config import GLMConfig
+from glm52.errors import ConfigError
+from glm52.headers import INDEX, SINGLE, read_headers
+from glm52.hub import resolve
+
+_GIB = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder, hub name or preset (default: the small model that is shipped)")
+    parser.add_argument("--context", type=int, help="context length for costs (default: the model's longest)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = _folder(args.model)
+    config = GLMConfig.read(folder) if folder else GLMConfig.preset(args.model)
+    context = config.max_position_embeddings if args.context is None else args.context
+    if context < 1:
+        raise ConfigError(f"--context: expected at least 1 token, found {context}")
+    report = describe(config, context)
+    if folder and ((folder / SINGLE).exists() or (folder / INDEX).exists()):
+        report["checkpoint"] = describe_checkpoint(folder)
+    print(json.dumps(report, indent=1) if args.json else render(args.model or "nano", report))
+    return 0
+
+
+def _folder(model: str | None) -> Path | None:
+    """The model's folder, or None if the name is a preset's."""
+    is_name = model is not None and "/" not in model and model != "nano" and not Path(model).exists()
+    return None if is_name else resolve(model)
+
+
+def describe(config: GLMConfig, context: int) -> dict[str, Any]:
+    """Everything that follows from the configuration. Bytes are exact; FLOPs count two per multiply-add."""
+    mtp = config.num_nextn_predict_layers
+    full = [i for i in config.index_layers if i < config.num_hidden_layers]
+    return {
+        "layers": {
+            "main": config.num_hidden_layers,
+            "dense": config.mlp_layer_types.count("dense"),
+            "sparse": config.mlp_layer_types.count("sparse"),
+            "mtp": mtp,
+            "indexers": list(config.index_layers),
+        },
+        "parameters": {
+            "total": config.num_parameters(),
+            "router_biases": config.weights()["router biases"],
+            "active": config.active_parameters(),
+            "parts": config.weights(),
+        },
+        "weight_bytes": weight_bytes(config),
+        "cache_bytes_per_token": {
+            fmt: {
+                "rows": config.num_hidden_layers * config.row_bytes(fmt)[0],
+                "index_keys": len(full) * config.row_bytes(fmt)[1],
+                "total": config.cache_bytes(fmt),
+                "mtp_layer": mtp * sum(config.row_bytes(fmt)),
+            }
+            for fmt in ("bf16", "fp8")
+        },
+        "flops_per_token": flops_per_token(config, context),
+        "context": context,
+    }
+
+
+def weight_bytes(config: GLMConfig) -> dict[str, int]:
+    """Payload of a checkpoint. FP8: block-128 scales; embedding, head, norms, router, eh_proj, weights_proj stay BF16.
+    INT4: the same matrices in 4 bits with an fp16 scale per 128 values."""
+    total, biases = config.num_parameters(), config.weights()["router biases"]
+    matrices = _quantized_matrices(config)
+    quantized = sum(n * rows * columns for n, rows, columns in matrices)
+    scales = sum(n * -(-rows // 128) * -(-columns // 128) for n, rows, columns in matrices)
+    groups = sum(n * rows * -(-columns // 128) for n, rows, columns in matrices)
+    rest = 2 * (total - quantized) + 4 * biases
+    return {
+        "bf16": 2 * total + 4 * biases,
+        "fp8": quantized + 4 * scales + rest,
+        "int4": quantized // 2 + 2 * groups + rest,
+    }
+
+
+def _quantized_matrices(config: GLMConfig) -> list[tuple[int, int, int]]:
+    """(how many, rows, columns) of the matrices that the FP8 checkpoint quantises."""
+    D, H, C, Q = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    sparse = sum(config.is_sparse(i) for i in range(layers))
+    experts = sparse * config.n_routed_experts
+    F, shared = config.moe_intermediate_size, config.moe_intermediate_size * config.n_shared_experts
+    indexers = len(config.index_layers)
+    return [
+        (layers, Q, D), (layers, H * config.qk_head_dim, Q), (layers, config.row_width, D),
+        (layers, H * (config.qk_nope_head_dim + config.v_head_dim), C), (layers, D, H * config.v_head_dim),
+        (indexers, config.index_n_heads * config.index_head_dim, Q), (indexers, config.index_head_dim, D),
+        (2 * experts, F, D), (experts, D, F), (2 * sparse, shared, D), (sparse, D, shared),
+        (2 * (layers - sparse), config.intermediate_size, D), (layers - sparse, D, config.intermediate_size),
+    ]  # fmt: skip
+
+
+def flops_per_token(config: GLMConfig, context: int) -> dict[str, float]:
+    """FLOPs of one decoded token at a context length, main stack.
+
+    matrices: two per active weight. scoring: the indexers' dot products, as shared and as if every layer had its own.
+    attention: the absorbed core over the selected rows. The saving compares matrices plus scoring.
+    """
+    per_indexer = 2.0 * context * config.index_n_heads * config.index_head_dim
+    selected = min(context, config.index_topk)
+    core = 2.0 * selected * config.num_attention_heads * (config.row_width + config.kv_lora_rank)
+    matrices = 2.0 * config.active_parameters()
+    scoring = config.indexer_types.count("full") * per_indexer
+    unshared = config.num_hidden_layers * per_indexer
+    return {
+        "matrices": matrices,
+        "scoring": scoring,
+        "scoring_without_sharing": unshared,
+        "attention": config.num_hidden_layers * core,
+        "index_share_saving": (matrices + unshared) / (matrices + scoring),
+    }
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """Counts and bytes by dtype, from the headers, all of them checked."""
+    tensors = read_headers(folder)
+    by_dtype: Counter[str] = Counter()
+    for info in tensors.values():
+        by_dtype[info.dtype] += info.num_bytes
+    shards = {info.shard for info in tensors.values()}
+    return {
+        "folder": str(folder), "tensors": len(tensors), "shards": len(shards), "bytes": sum(by_dtype.values()),
+        "bytes_by_dtype": dict(by_dtype), "bytes_on_disk": sum(s.stat().st_size for s in shards),
+    }  # fmt: skip
+
+
+def render(name: str, report: dict[str, Any]) -> str:
+    """The report for people: aligned, bytes exact and in GiB."""
+    layers, parameters, flops = report["layers"], report["parameters"], report["flops_per_token"]
+    cache, context = report["cache_bytes_per_token"], report["context"]
+    lines = [
+        f"{name}: {layers['main']} layers ({layers['dense']} dense, {layers['sparse']} sparse), {layers['mtp']} MTP",
+        f"indexers on layers {', '.join(map(str, layers['indexers']))}",
+        "",
+        f"{'parameters':<26}{parameters['total']:>24,}   (+{parameters['router_biases']:,} router biases)",
+        *(f"  {part:<24}{n:>24,}" for part, n in parameters["parts"].items() if part != "router biases"),
+        f"{'active per token':<26}{parameters['active']:>24,}   (with the output head, without embedding and MTP)",
+        "",
+        *(f"{'weights in ' + f.upper():<26}{_bytes(n)}" for f, n in report["weight_bytes"].items()),
+        "",
+    ]
+    for fmt, parts in cache.items():
+        lines += [
+            f"{'cache per token, ' + fmt.upper():<26}{parts['total']:>24,}   = {parts['rows']:,} rows + "
+            f"{parts['index_keys']:,} index keys  (+{parts['mtp_layer']:,} for the MTP layer)",
+            f"{f'  at {context:,} tokens':<26}{_bytes(parts['total'] * context)}",
+        ]
+    lines += [
+        "",
+        f"FLOPs per token at a context of {context:,}",
+        f"{'  matrices':<26}{flops['matrices'] / 1e9:>24,.1f}   GFLOP",
+        f"{'  index scoring':<26}{flops['scoring'] / 1e9:>24,.1f}   GFLOP   "
+        f"({flops['scoring_without_sharing'] / 1e9:,.1f} if every layer scored)",
+        f"{'  sparse attention':<26}{flops['attention'] / 1e9:>24,.1f}   GFLOP",
+        f"{'  saved by IndexShare':<26}{flops['index_share_saving']:>23,.2f}x   (matrices + scoring)",
+    ]
+    if "checkpoint" in report:
+        c = report["checkpoint"]
+        kinds = ", ".join(f"{k} {n:,}" for k, n in c["bytes_by_dtype"].items())
+        lines += ["", f"{c['tensors']} tensors in {c['shards']} file(s), {c['bytes']:,} bytes ({kinds}), headers checked"]
+    return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+    return f"{n:>24,}   bytes = {n / _GIB:,.2f} GiB"
