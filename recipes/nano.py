@@ -12,7 +12,7 @@ from glm52.train.trainer import Recipe, Stage
 MIXTURE = {
     "code": 0.16, "chat_code": 0.20, "chat_maths": 0.29, "prose": 0.06, "multilingual": 0.09, "chat_general": 0.20,
 }  # fmt: skip
-# Copying from the prompt emerges late and gates every task that quotes it: the second half of pre-training leans on tasks.
+# Copying from the prompt emerges late and gates every task that quotes it: the second half leans on tasks.
 FOCUS = {
     "code": 0.07, "chat_code": 0.26, "chat_maths": 0.30, "prose": 0.03, "multilingual": 0.04, "chat_general": 0.30,
 }  # fmt: skip

@@ -18,8 +18,8 @@ from glm52.config import GLMConfig
 class Spans:
     """Where each of T packed tokens sits.
 
-    positions_T, seq_T, row_T: int64. seq_T counts sequences from 0 and never decreases. tables_SP: int32 page numbers,
-    sequence s at position p lives in row ``tables_SP[s, p // page_size] * page_size + p % page_size``. lengths_S: int64,
+    positions_T, seq_T, row_T: int64. seq_T counts sequences from 0 and never decreases. tables_SP: int32 page numbers;
+    sequence s at position p lives in row ``tables_SP[s, p // page_size] * page_size + p % page_size``. lengths_S: int64
     context length of each sequence including its tokens here; max_length is its maximum, known without a tensor read.
     window: if set, T is a multiple of it and no sequence crosses a multiple of it (the training layout).
     """

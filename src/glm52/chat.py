@@ -122,7 +122,9 @@ class ChatTemplate:
     def read(folder: Path) -> "ChatTemplate":
         file = folder / "chat_template.jinja"
         if not file.is_file():
-            raise CheckpointError(f"{folder}: expected a chat_template.jinja, found none; copy it from the model's repository")
+            raise CheckpointError(
+                f"{folder}: expected a chat_template.jinja, found none; copy it from the model's repository"
+            )
         return ChatTemplate(file.read_text("utf-8"))
 
     def render(
@@ -182,8 +184,8 @@ class ChatTemplate:
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and which of them the assistant must produce.
 
-        Supervised: reasoning, ``</think>``, content, calls, and the role token that ends the turn (``<|endoftext|>`` or,
-        after a call, ``<|observation|>`` where nothing follows). Not supervised: the opening ``<think>``, the empty
+        Supervised: reasoning, ``</think>``, content, calls, and the role token that ends the turn (``<|endoftext|>``
+        or, after a call, ``<|observation|>`` where nothing follows). Not supervised: the opening ``<think>``, the empty
         pair when thinking is off, and turns whose reasoning the template left out.
         """
         thinking = thinking or Thinking()
@@ -273,7 +275,11 @@ def _cut_leaves(value: Any, pattern: re.Pattern[str], cut: str) -> Any:
 
 
 def parse_reply(
-    text: str, tools: Sequence[Mapping[str, Any]] | None = None, *, thinking: bool, new_id: Callable[[], str] | None = None
+    text: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    thinking: bool,
+    new_id: Callable[[], str] | None = None,
 ) -> Reply:
     """Parse a whole reply; see ``ReplyParser``."""
     parser = ReplyParser(tools, thinking=thinking, new_id=new_id)
@@ -298,7 +304,7 @@ def collect(deltas: Sequence[Delta], *, thinking: bool) -> Reply:
 
 
 class ReplyParser:
-    """An incremental parser of ``reasoning</think>content<tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>…``.
+    """An incremental parser of ``reasoning</think>content<tool_call>name<arg_key>k</arg_key><arg_value>v…``.
 
     thinking: the prompt ended inside ``<think>``. tools: OpenAI-style definitions; without any, calls are plain text.
     Content is stripped like the template strips it; reasoning is verbatim. Values of string type stream as they arrive,

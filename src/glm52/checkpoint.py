@@ -59,11 +59,15 @@ def expected_tensors(config: GLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp(prefix: str, D: int, F: int) -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}.gate_proj.weight": (F, D), f"{prefix}.up_proj.weight": (F, D), f"{prefix}.down_proj.weight": (D, F)}
+    return {
+        f"{prefix}.gate_proj.weight": (F, D),
+        f"{prefix}.up_proj.weight": (F, D),
+        f"{prefix}.down_proj.weight": (D, F),
+    }
 
 
 def _indexer(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    X, I = config.index_n_heads, config.index_head_dim  # noqa: E741
+    X, I = config.index_n_heads, config.index_head_dim
     return {
         "self_attn.indexer.wq_b.weight": (X * I, config.q_lora_rank),
         "self_attn.indexer.wk.weight": (I, config.hidden_size),
@@ -124,7 +128,7 @@ class Checkpoint:
         }  # fmt: skip
         missing = [n for n in expected if n not in self.tensors]
         if missing:
-            raise CheckpointError(f"{self.folder}: {len(missing)} tensors are missing, first {missing[:10]}; download the "
+            raise CheckpointError(f"{self.folder}: {len(missing)} tensors are missing, first {missing[:10]}; get the "
                                   "folder again or check that config.json belongs to it")  # fmt: skip
         unexpected = [n for n in self.tensors if n not in expected and not _is_ignorable(n, config)]
         if unexpected:

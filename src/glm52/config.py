@@ -1,7 +1,7 @@
 """What a config.json says: geometry, layer schedule, and the arithmetic that follows from them. No torch.
 
-``GLMConfig`` keeps the official keys under their official names and refuses to guess: a key whose absence would silently
-change the model is an error, and where keys contradict each other the explicit one wins and the contradiction is named.
+``GLMConfig`` keeps the official keys under their official names and refuses to guess: a key whose absence would
+silently change the model is an error, and of keys that contradict each other the explicit one wins.
 """
 
 import json
@@ -102,8 +102,10 @@ class GLMConfig:
         """Parameters by part. ``router biases`` are kept apart: they are buffers, not trained by gradients."""
         D, H, C = self.hidden_size, self.num_attention_heads, self.kv_lora_rank
         attention = D * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * H * self.qk_head_dim
-        attention += D * self.row_width + C + C * H * (self.qk_nope_head_dim + self.v_head_dim) + H * self.v_head_dim * D
-        X, I = self.index_n_heads, self.index_head_dim  # noqa: E741
+        attention += (
+            D * self.row_width + C + C * H * (self.qk_nope_head_dim + self.v_head_dim) + H * self.v_head_dim * D
+        )
+        X, I = self.index_n_heads, self.index_head_dim
         indexer = self.q_lora_rank * X * I + D * I + 2 * I + D * X
         expert = 3 * D * self.moe_intermediate_size
         moe = expert * (self.n_routed_experts + self.n_shared_experts) + self.n_routed_experts * D
@@ -141,8 +143,8 @@ class GLMConfig:
     def row_bytes(self, fmt: str) -> tuple[int, int]:
         """Cache bytes of one token in one layer: its row, and its index key where the layer owns an indexer.
 
-        fmt ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per 128 values and bf16 rotated key; E4M3 index key with
-        one fp32 scale. Source: the FlashMLA README.
+        fmt ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per 128 values and bf16 rotated key; E4M3 index key
+        with one fp32 scale. Source: the FlashMLA README.
         """
         if fmt == "bf16":
             return 2 * self.row_width, 2 * self.index_head_dim
@@ -213,27 +215,31 @@ class GLMConfig:
         if self.quantization_config is None:
             del data["quantization_config"]
         freq_offset = _freq_offset(self.indexer_types)
-        return data | {
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "rope_interleave": True,
-            "indexer_rope_interleave": True,
-            "indexer_types": list(self.indexer_types),
-            "mlp_layer_types": list(self.mlp_layer_types),
-            "first_k_dense_replace": self.mlp_layer_types.count(DENSE),
-            "moe_layer_freq": 1,
-            "eos_token_id": list(self.eos_token_id),
-            "num_key_value_heads": self.num_attention_heads,
-            "qk_head_dim": self.qk_head_dim,
-            "head_dim": self.qk_rope_head_dim,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "moe_router_dtype": "float32",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "use_cache": True,
-            "index_topk_pattern": None,
-        } | ({"index_topk_freq": freq_offset[0], "index_skip_topk_offset": freq_offset[1]} if freq_offset else {})
+        return (
+            data
+            | {
+                "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+                "rope_interleave": True,
+                "indexer_rope_interleave": True,
+                "indexer_types": list(self.indexer_types),
+                "mlp_layer_types": list(self.mlp_layer_types),
+                "first_k_dense_replace": self.mlp_layer_types.count(DENSE),
+                "moe_layer_freq": 1,
+                "eos_token_id": list(self.eos_token_id),
+                "num_key_value_heads": self.num_attention_heads,
+                "qk_head_dim": self.qk_head_dim,
+                "head_dim": self.qk_rope_head_dim,
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
+                "moe_router_dtype": "float32",
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "use_cache": True,
+                "index_topk_pattern": None,
+            }
+            | ({"index_topk_freq": freq_offset[0], "index_skip_topk_offset": freq_offset[1]} if freq_offset else {})
+        )
 
 
 def _rope_theta(data: Mapping[str, Any]) -> float:

@@ -24,11 +24,11 @@ from glm52.engine import SamplingParams
 from glm52.hub import resolve
 from glm52.model import GLM
 from glm52.session import Session
+from glm52.shards import Shards
 from glm52.tasks import TASKS
 from glm52.tasks.base import Example
 from glm52.tasks.tools import CallTool
 from glm52.tokenizer import Tokenizer
-from glm52.shards import Shards
 
 THINKING = {"max": Thinking(effort="max"), "high": Thinking(effort="high"), "off": Thinking(enabled=False)}
 
@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking", choices=tuple(THINKING), default="max")
     parser.add_argument("--items", type=int, default=100, help="examples of each task (default: 100)")
     parser.add_argument("--dense", action="store_true", help="attend to every token instead of the indexer's selection")
-    parser.add_argument("--text", type=Path, help="folder of token shards: also measure bits per byte of its .test buckets")
+    parser.add_argument(
+        "--text", type=Path, help="folder of token shards: also measure bits per byte of its .test buckets"
+    )
     parser.add_argument("--samples", type=int, default=0, help="print this many replies of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -72,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     results: list[Score] = []
     for item in filter(None, args.tasks.split(",")):
         name, _, level = item.partition(":")
-        examples = held_out_examples(name, args.items, args.seed, int(level) if level else None, THINKING[args.thinking])
+        examples = held_out_examples(
+            name, args.items, args.seed, int(level) if level else None, THINKING[args.thinking]
+        )
         replies = answer(session, examples)
         for sample in range(min(args.samples, len(examples))):
             print(f"  {examples[sample].messages[-1]['content'][-300:]!r} -> {replies[sample]}")
@@ -86,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         payload: dict[str, Any] = {
             "scores": {s.name: {"mean": s.mean, "count": s.count, "interval": s.interval} for s in results},
-            "acceptance": rates, "bits_per_byte": text, "thinking": args.thinking, "dense": args.dense, "seed": args.seed,
+            "acceptance": rates, "bits_per_byte": text, "thinking": args.thinking, "dense": args.dense,
+            "seed": args.seed,
         }  # fmt: skip
         args.json.write_text(json.dumps(payload, indent=1) + "\n")
     return 0
@@ -111,9 +116,7 @@ def answer(session: Session, examples: list[Example], max_tokens: int = 256) -> 
             for event in engine.step():
                 texts[event.seq] += event.text
                 bar.update(event.finish_reason is not None)
-    return [
-        parse_reply(texts[s], e.tools, thinking=e.thinking.enabled) for s, e in zip(seqs, examples, strict=True)
-    ]
+    return [parse_reply(texts[s], e.tools, thinking=e.thinking.enabled) for s, e in zip(seqs, examples, strict=True)]
 
 
 def score_all(name: str, examples: list[Example], replies: list[Reply]) -> Iterable[Score]:

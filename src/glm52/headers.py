@@ -49,7 +49,9 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in (".", ".."):
-            raise CheckpointError(f"{folder / INDEX}: weight_map leaves the folder with {file!r}; do not trust this copy")
+            raise CheckpointError(
+                f"{folder / INDEX}: weight_map leaves the folder with {file!r}; do not trust this copy"
+            )
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder}: the index names the shard {file}, which is missing; download it again")
         for name, info in read_header(folder / file).items():
@@ -68,7 +70,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected a JSON object with a weight_map ({error!r}); download it again") from error
+        raise CheckpointError(
+            f"{path}: expected a JSON object with a weight_map ({error!r}); download it again"
+        ) from error
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
     return weight_map
@@ -80,7 +84,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: claims a header of {length} bytes in a file of {size}; it is truncated or not "
+            raise CheckpointError(f"{path}: claims a header of {length} bytes in a file of {size}; truncated or not "
                                   "safetensors, download it again")  # fmt: skip
         raw = file.read(length)
     try:
@@ -98,7 +102,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         at = info.end
     if at != size:
         raise CheckpointError(f"{path}: expected {at} bytes, found {size}; it is "
-                              f"{'truncated' if size < at else 'longer than its header says'}, download it again")  # fmt: skip
+                              f"{'truncated' if size < at else 'longer than its header'}, get it again")  # fmt: skip
     return infos
 
 

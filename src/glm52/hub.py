@@ -10,10 +10,12 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
 def resolve(model: str | None) -> Path:
-    """The folder of a model. None or ``nano``: the shipped one; ``owner/name``: fetched, resuming what is partly there."""
+    """The folder of a model. None or ``nano``: the shipped one; ``owner/name``: fetched, resuming what is there."""
     if model is None or model == "nano":
         if not (NANO / "model.safetensors").is_file():
-            raise ConfigError("this copy of glm52 was built without its small model; name a folder of a GLM-5 checkpoint")
+            raise ConfigError(
+                "this copy of glm52 was built without its small model; name a folder of a GLM-5 checkpoint"
+            )
         return NANO
     path = Path(model).expanduser()
     if path.is_dir():
@@ -38,6 +40,6 @@ def _fetch(repository: str) -> Path:
         raise ConfigError(f"{repository}: the hub refused it ({error}); check the name and your access") from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"{repository}: there is no folder of that name here and the hub cannot be reached; download the repository "
-            "on a machine with a network and pass its folder"
+            f"{repository}: there is no folder of that name here and the hub cannot be reached; download the "
+            "repository on a machine with a network and pass its folder"
         ) from error

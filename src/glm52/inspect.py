@@ -15,7 +15,9 @@ _GIB = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="folder, hub name or preset (default: the small model that is shipped)")
+    parser.add_argument(
+        "model", nargs="?", help="folder, hub name or preset (default: the small model that is shipped)"
+    )
     parser.add_argument("--context", type=int, help="context length for costs (default: the model's longest)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -172,7 +174,10 @@ def render(name: str, report: dict[str, Any]) -> str:
     if "checkpoint" in report:
         c = report["checkpoint"]
         kinds = ", ".join(f"{k} {n:,}" for k, n in c["bytes_by_dtype"].items())
-        lines += ["", f"{c['tensors']} tensors in {c['shards']} file(s), {c['bytes']:,} bytes ({kinds}), headers checked"]
+        lines += [
+            "",
+            f"{c['tensors']} tensors in {c['shards']} file(s), {c['bytes']:,} bytes ({kinds}), headers checked",
+        ]
     return "\n".join(lines)
 
 

@@ -51,7 +51,9 @@ class Pages:
     def allocate(self, count: int) -> list[int]:
         """Take pages, oldest unused first; what they cached is forgotten. CapacityError if there are too few."""
         if count > self.available:
-            raise CapacityError(f"cache: {count} pages of {self.page_size} rows are needed, {self.available} are unused")
+            raise CapacityError(
+                f"cache: {count} pages of {self.page_size} rows are needed, {self.available} are unused"
+            )
         pages = []
         for _ in range(count):
             page = next(iter(self._unused))

@@ -1,8 +1,8 @@
 """Token shards on disk: per bucket three arrays, and one manifest that says where every token came from.
 
-    {bucket}.tokens.npy   uint16 [n]        token ids, documents back to back
-    {bucket}.reply.npy    uint8  [n]        1 = a token the assistant must produce
-    {bucket}.offsets.npy  int64  [docs+1]   where documents begin and end
+{bucket}.tokens.npy   uint16 [n]        token ids, documents back to back
+{bucket}.reply.npy    uint8  [n]        1 = a token the assistant must produce
+{bucket}.offsets.npy  int64  [docs+1]   where documents begin and end
 """
 
 import json
@@ -37,7 +37,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         manifest = folder / "manifest.json"
         if not manifest.is_file():
-            raise ConfigError(f"--data: expected a folder of token shards with a manifest.json, found none in {folder}; "
+            raise ConfigError(f"--data: expected token shards with a manifest.json, found none in {folder}; "
                               "write one with: glm52 data build --out DIR")  # fmt: skip
         self.folder = folder
         self.manifest: dict[str, Any] = json.loads(manifest.read_text("utf-8"))

@@ -25,7 +25,9 @@ class Tokenizer:
     def read(folder: Path) -> "Tokenizer":
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{folder}: expected a tokenizer.json, found none; copy it from the model's repository")
+            raise CheckpointError(
+                f"{folder}: expected a tokenizer.json, found none; copy it from the model's repository"
+            )
         try:
             return Tokenizer(Backend.from_file(str(file)))
         except Exception as error:  # the library raises bare Exception
@@ -51,16 +53,22 @@ class Tokenizer:
         """Token ids; with ``special`` False the strings of special tokens are ordinary text."""
         if special:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
-        return [i for part in self._around_special(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
+        return [
+            i for part in self._around_special(text) for i in self._backend.encode(part, add_special_tokens=False).ids
+        ]
 
     def _around_special(self, text: str) -> list[str]:
         """The text cut inside every special-token string, so that no piece holds a whole one."""
-        cuts = sorted(
-            start + 1
-            for token in self.special_tokens
-            for start in range(len(text))
-            if text.startswith(token, start)
-        ) if any(token in text for token in self.special_tokens) else []
+        cuts = (
+            sorted(
+                start + 1
+                for token in self.special_tokens
+                for start in range(len(text))
+                if text.startswith(token, start)
+            )
+            if any(token in text for token in self.special_tokens)
+            else []
+        )
         return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:

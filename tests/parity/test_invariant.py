@@ -117,7 +117,9 @@ class Oracle(GLM):
 
 @pytest.mark.parametrize("accuracy", [1.0, 0.6])
 @pytest.mark.parametrize("num_drafts", [1, 3, 5])
-def test_accepted_drafts_change_nothing_but_the_number_of_steps(model: GLM, corpus, num_drafts: int, accuracy: float) -> None:
+def test_accepted_drafts_change_nothing_but_the_number_of_steps(
+    model: GLM, corpus, num_drafts: int, accuracy: float
+) -> None:
     oracle = Oracle(model.config).double().eval().requires_grad_(False)
     oracle.load_state_dict(model.state_dict())
     oracle.rng, oracle.accuracy = random.Random(1), accuracy

@@ -32,10 +32,24 @@ def indexer_types(layers: int) -> list[str]:
 def write_oracle(folder: Path, seed: int, **overrides: int) -> GlmMoeDsaForCausalLM:
     """A random model with visible attention, routing and selection, saved by transformers."""
     shape = {
-        "vocab_size": 151, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
-        "num_hidden_layers": 8, "first_k_dense_replace": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": 48, "kv_lora_rank": 32,
-        "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32, "index_topk": 8, "index_n_heads": 4,
+        "vocab_size": 151,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 8,
+        "first_k_dense_replace": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 32,
+        "index_topk": 8,
+        "index_n_heads": 4,
         "index_head_dim": 16,
     } | overrides
     config = GlmMoeDsaConfig(
@@ -197,14 +211,22 @@ def half_split_rope(x: Tensor, table: Tensor) -> Tensor:
 
 def _mutate_indexer_rope(model: GLM, patch: pytest.MonkeyPatch) -> None:
     indexer = type(model.model.layers[0].self_attn.indexer)
-    patch.setattr(indexer, "_rotate", lambda self, x, rope: torch.cat(
-        (half_split_rope(x[..., : self.rope_dim], rope), x[..., self.rope_dim :]), dim=-1))
+    patch.setattr(
+        indexer,
+        "_rotate",
+        lambda self, x, rope: torch.cat(
+            (half_split_rope(x[..., : self.rope_dim], rope), x[..., self.rope_dim :]), dim=-1
+        ),
+    )
 
 
 def _mutate_indexer_rope_last(model: GLM, patch: pytest.MonkeyPatch) -> None:
     indexer = type(model.model.layers[0].self_attn.indexer)
-    patch.setattr(indexer, "_rotate", lambda self, x, rope: torch.cat(
-        (x[..., : -self.rope_dim], ops.rope(x[..., -self.rope_dim :], rope)), dim=-1))
+    patch.setattr(
+        indexer,
+        "_rotate",
+        lambda self, x, rope: torch.cat((x[..., : -self.rope_dim], ops.rope(x[..., -self.rope_dim :], rope)), dim=-1),
+    )
 
 
 def _for_indexers(change: Callable[[torch.nn.Module], None]) -> Callable[[GLM, pytest.MonkeyPatch], None]:
@@ -233,8 +255,9 @@ def _mutate_unnormalised_query(model: GLM, patch: pytest.MonkeyPatch) -> None:
     """The indexer reads q_a_proj's output instead of q_a_layernorm's."""
     attention = type(model.model.layers[0].self_attn)
     original = attention._select
-    patch.setattr(attention, "_select", lambda self, indexer, h, q, s, c: original(
-        self, indexer, h, self.q_a_proj(h), s, c))
+    patch.setattr(
+        attention, "_select", lambda self, indexer, h, q, s, c: original(self, indexer, h, self.q_a_proj(h), s, c)
+    )
 
 
 def _mutate_own_dense_selection(model: GLM, _: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from glm52.tasks.code import evaluate
 def reference(example: Example) -> Reply:
     last = example.target[-1]
 
-
-    calls = [ToolCall("x", c["function"]["name"], json.dumps(c["function"]["arguments"])) for c in last.get("tool_calls", [])]
+    calls = [
+        ToolCall("x", c["function"]["name"], json.dumps(c["function"]["arguments"])) for c in last.get("tool_calls", [])
+    ]
     return Reply(content=last["content"], reasoning=last.get("reasoning_content"), tool_calls=calls)
 
 
@@ -30,7 +31,9 @@ def test_reference_scores_one_and_corruption_less(name: str, split: str) -> None
         example = task.generate(rng, split=split)
         reply = reference(example)
         assert task.score(example, reply) == 1.0, example
-        corrupted = replace(reply, content="0 " + reply.content + "z 123456", tool_calls=[ToolCall("x", "nothing", "{}")])
+        corrupted = replace(
+            reply, content="0 " + reply.content + "z 123456", tool_calls=[ToolCall("x", "nothing", "{}")]
+        )
         assert task.score(example, corrupted) < 1.0 or name in ("needle", "key_value", "passage")
         assert task.score(example, Reply(content="")) == 0.0
         assert (example.target[-1].get("reasoning_content") is not None) == example.thinking.enabled
@@ -51,7 +54,6 @@ def test_levels_and_thinking_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("name", ["add", "sub"])
 def test_operands_of_the_test_split_are_never_trained(name: str) -> None:
-
 
     def operands(split: str) -> set[tuple[str, ...]]:
         rng = random.Random(3)

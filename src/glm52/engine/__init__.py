@@ -5,4 +5,14 @@ from glm52.engine.params import SamplingParams
 from glm52.engine.sequence import Event, FinishReason, Sequence, TokenLogprob
 from glm52.engine.stream import AsyncEngine
 
-__all__ = ["AsyncEngine", "Engine", "Event", "FinishReason", "SamplingParams", "Sequence", "Stats", "TokenLogprob", "generate"]
+__all__ = [
+    "AsyncEngine",
+    "Engine",
+    "Event",
+    "FinishReason",
+    "SamplingParams",
+    "Sequence",
+    "Stats",
+    "TokenLogprob",
+    "generate",
+]

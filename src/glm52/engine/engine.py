@@ -37,7 +37,7 @@ class Stats:
 
 
 class Engine:
-    """num_rows: cache rows for all sequences together. num_drafts: tokens proposed by the MTP layer per step, 0 to 5."""
+    """num_rows: cache rows for all sequences together. num_drafts: tokens the MTP layer proposes per step, 0 to 5."""
 
     def __init__(
         self,
@@ -89,7 +89,9 @@ class Engine:
             )  # fmt: skip
         bad = next((t for t in (*prompt, *params.logit_bias) if not 0 <= t < self.model.config.vocab_size), None)
         if bad is not None:
-            raise RequestError(f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param="prompt")
+            raise RequestError(
+                f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param="prompt"
+            )
         seq = Sequence(
             id=self._next_id, prompt=prompt, params=params, seed=draw_seed(params.seed), tokens=list(prompt),
             max_tokens=min(params.max_tokens, self.context_length - len(prompt)),
@@ -113,7 +115,9 @@ class Engine:
         if not work:
             return []
         began = time.perf_counter()
-        h_TD = self.model(self._tokens(work), self._spans([(w.seq, w.seq.num_cached, w.count) for w in work]), self.cache)
+        h_TD = self.model(
+            self._tokens(work), self._spans([(w.seq, w.seq.num_cached, w.count) for w in work]), self.cache
+        )
         events = self._sample_and_verify(work, h_TD)
         self._commit_and_draft(work, h_TD)
         self.stats.steps += 1
@@ -251,7 +255,9 @@ class Engine:
         if not parts:
             return
         next_tokens = torch.tensor([t for seq, begin, n in parts for t in seq.tokens[begin + 1 : begin + n + 1]])
-        z_TD, ids_TG = self.model.draft(torch.cat([h for _, h, _ in extend]), next_tokens, self._spans(parts), self.cache)
+        z_TD, ids_TG = self.model.draft(
+            torch.cat([h for _, h, _ in extend]), next_tokens, self._spans(parts), self.cache
+        )
         assert ids_TG is not None
         ends = torch.tensor([n for _, _, n in parts]).cumsum(0) - 1
         chosen = [

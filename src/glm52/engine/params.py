@@ -9,8 +9,8 @@ from glm52.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """temperature 0 is greedy. Penalties as in the OpenAI API; repetition_penalty as in transformers. logprobs: how many
-    alternatives to report with each token (None: not even its own). seed: None draws one."""
+    """temperature 0 is greedy. Penalties as in the OpenAI API; repetition_penalty as in transformers. logprobs: how
+    many alternatives to report with each token (None: not even its own). seed: None draws one."""
 
     max_tokens: int = 1 << 30
     temperature: float = 1.0

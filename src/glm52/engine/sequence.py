@@ -37,7 +37,8 @@ class Event:
 @dataclass(eq=False, kw_only=True)
 class Sequence:
     """State of one request. num_cached: leading tokens whose rows are in the pool. num_cached_tokens: prompt
-    tokens that a shared prefix saved. drafts: proposed continuations, with the distributions they were drawn from (None when greedy)."""
+    tokens that a shared prefix saved. drafts: proposed continuations, with the distributions they were drawn from (None
+    when greedy)."""
 
     id: int
     prompt: list[int]

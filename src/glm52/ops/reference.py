@@ -138,7 +138,7 @@ def sparse_mla(q_THZ: Tensor, rows_NZ: Tensor, ids_TG: Tensor, C: int, scale: fl
 def mla_absorbed(
     q_nope_THA: Tensor, q_rope_THR: Tensor, rows_NZ: Tensor, kv_b_HEC: Tensor, ids_TG: Tensor, scale: float
 ) -> Tensor:
-    """MLA with kv_b_proj absorbed into query and output -> o_THV. kv_b_HEC: per head A rows of keys, then V of values."""
+    """MLA with kv_b_proj absorbed into query and output -> o_THV. kv_b_HEC: per head A key rows, then V value rows."""
     A, C = q_nope_THA.shape[-1], kv_b_HEC.shape[-1]
     q_THC = torch.einsum("tha,hac->thc", q_nope_THA, kv_b_HEC[:, :A])
     o_THC = sparse_mla(torch.cat((q_THC, q_rope_THR), dim=-1), rows_NZ, ids_TG, C, scale)
@@ -286,7 +286,13 @@ def _(
 
 @torch.library.custom_op("glm52::grouped_experts_backward", mutates_args=())
 def _grouped_experts_backward(
-    grad_TD: Tensor, x_TD: Tensor, order: Tensor, gate_up: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    order: Tensor,
+    gate_up: Tensor,
+    w_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
     counts_E: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, K = w_TK.shape
@@ -324,7 +330,13 @@ def _grouped_experts_backward(
 
 @_grouped_experts_backward.register_fake
 def _(
-    grad_TD: Tensor, x_TD: Tensor, order: Tensor, gate_up: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    order: Tensor,
+    gate_up: Tensor,
+    w_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
     counts_E: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x_TD), torch.empty_like(w_TK), torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
@@ -356,7 +368,8 @@ def expert_ffn(x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, 
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x_TD, gate_up_EGD, down_EDF = x_TD.to(dtype), gate_up_EGD.to(dtype), down_EDF.to(dtype)
-    return _grouped_experts(x_TD, ids_TK, w_TK, gate_up_EGD, down_EDF)[0]
+    y_TD: Tensor = _grouped_experts(x_TD, ids_TK, w_TK, gate_up_EGD, down_EDF)[0]
+    return y_TD
 
 
 def write_rows(pool_NZ: Tensor, row_T: Tensor, x_TZ: Tensor) -> None:
@@ -411,5 +424,7 @@ def token_loss(
     ``softmax`` may be a compiled ``softmax_gradient``.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else h_TD.dtype
-    total, loss_T = _TokenLoss.apply(h_TD, w_WD, targets_T, weight_T, chunk, dtype, softmax)
+    total, loss_T = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+        h_TD, w_WD, targets_T, weight_T, chunk, dtype, softmax
+    )
     return total, loss_T

@@ -133,7 +133,8 @@ async def _until_disconnect(request: Request, work: list[Any]) -> None:
     done = asyncio.gather(*work)
     watcher = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({done, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        both: tuple[asyncio.Future[Any], ...] = (done, watcher)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
             raise ClientDisconnect
         await done

@@ -15,7 +15,9 @@ from glm52.session import Session
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 picks a free one")
     parser.add_argument("--served-model-name", help="name clients use (default: the folder's)")
     parser.add_argument("--context", type=int, help="cache rows shared by all requests")

@@ -148,7 +148,9 @@ def _message(message: _Message) -> Json:
 def _tools(chat: ChatBody) -> list[Json] | None:
     choice = chat.tool_choice
     if choice not in (None, "auto", "none"):
-        raise RequestError(f"tool_choice: 'auto' and 'none' are supported, found {json.dumps(choice)}", param="tool_choice")
+        raise RequestError(
+            f"tool_choice: 'auto' and 'none' are supported, found {json.dumps(choice)}", param="tool_choice"
+        )
     if choice == "none" or not chat.tools:
         return None
     return [t.model_dump(exclude_none=True) for t in chat.tools]
@@ -281,7 +283,13 @@ def logprobs_payload(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> 
 
 
 def error_payload(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "rate_limit_error" if status == 429 else "server_error"
+    kind = (
+        "invalid_request_error"
+        if status < 500 and status != 429
+        else "rate_limit_error"
+        if status == 429
+        else "server_error"
+    )
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -1,6 +1,7 @@
 """Finding something that was said: pairs in a list, and a needle sentence in filler of a given length."""
 
 import random
+from collections.abc import Callable
 
 from glm52.chat import Reply, Thinking
 from glm52.tasks.base import Bucket, Example, Split, assistant, choose_phrasing, draw_thinking, user
@@ -35,7 +36,12 @@ class KeyValue(_Recall):
         keys = draw_many(rng, rng.choice((NAMES, CITIES, WORDS, NOUNS)), min(count, 32))
         if rng.random() < 0.3:
             keys = list(dict.fromkeys(nonsense(rng, rng.randint(2, 4)) for _ in range(count)))
-        make = rng.choice((lambda: str(rng.randint(10, 99999)), lambda: nonsense(rng, 4), lambda: draw(rng, WORDS, split)))
+        makers: tuple[Callable[[], str], ...] = (
+            lambda: str(rng.randint(10, 99999)),
+            lambda: nonsense(rng, 4),
+            lambda: draw(rng, WORDS, split),
+        )
+        make = rng.choice(makers)
         values = [make() for _ in keys]
         joint = rng.choice((": ", " = ", " is ", " -> "))
         pairs = rng.choice(("\n", ", ", "; ")).join(f"{k}{joint}{v}" for k, v in zip(keys, values, strict=True))

@@ -276,5 +276,3 @@ class Constrain(_Text):
             task=self.name, messages=[user(form.format(x=text))],
             target=[assistant(answer, "Follow the form." if thinking.enabled else None)], answer=answer, thinking=thinking,
         )  # fmt: skip
-
-

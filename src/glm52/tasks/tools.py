@@ -44,7 +44,7 @@ def _expression(rng: random.Random, _: Split) -> Arguments:
 
 
 def _calculate(rng: random.Random, a: Arguments) -> tuple[str, str]:
-    left, sign, right = next((a["expression"].partition(s) for s in "+-*" if s in a["expression"]))
+    left, sign, right = next(a["expression"].partition(s) for s in "+-*" if s in a["expression"])
     value = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[sign]
     return str(value), f"{a['expression']} = {value}"
 

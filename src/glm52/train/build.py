@@ -1,8 +1,8 @@
 """``glm52 data``: a tokenizer and token shards from local packages and our own generators.
 
 Natural text makes the buckets code, prose and multilingual; generated conversations make chat_code, chat_maths,
-chat_general and, for long contexts, chat_long. Each natural bucket has a held-out twin ``.test``. Everything is a function of
-the seed and of what is installed; the manifest records both.
+chat_general and, for long contexts, chat_long. Each natural bucket has a held-out twin ``.test``. Everything is a
+function of the seed and of what is installed; the manifest records both.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from glm52 import tasks
 from glm52.chat import ChatTemplate, Thinking
 from glm52.errors import ConfigError
+from glm52.shards import write_bucket
 from glm52.tasks.base import Bucket, Example
 from glm52.tokenizer import Tokenizer
 from glm52.train.corpus import SOURCES, Corpus
-from glm52.shards import write_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +73,17 @@ def run(args: argparse.Namespace) -> int:
 
 def train_tokenizer(out: Path, corpus: Corpus, vocab_size: int, seed: int, sample_chars: int = 16_000_000) -> None:
     """Write tokenizer.json: a third code, a fifth prose, a fifth other languages, the rest rendered conversations."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Regex
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
     template = ChatTemplate.read(Path(__file__).parent.parent / "nano")
     backend = Backend(models.BPE(ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
 
     def texts() -> Iterator[str]:
@@ -114,7 +115,9 @@ def train_tokenizer(out: Path, corpus: Corpus, vocab_size: int, seed: int, sampl
 
 def _plain(template: ChatTemplate, example: Example) -> str:
     """A conversation as text with its special tokens turned to line breaks: what the merges should be learned from."""
-    text = template.render([*example.messages, *example.target], example.tools, example.thinking, add_generation_prompt=False)
+    text = template.render(
+        [*example.messages, *example.target], example.tools, example.thinking, add_generation_prompt=False
+    )
     for token in SPECIAL_TOKENS:
         text = text.replace(token, "\n")
     return text

@@ -1,6 +1,7 @@
 """``glm52 train RECIPE``: start the processes, run the stages, keep metrics, a progress bar and a plot."""
 
 import argparse
+import itertools
 import json
 import logging
 import runpy
@@ -12,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from glm52.errors import ConfigError
-from glm52.train import parallel
 from glm52.shards import Shards
+from glm52.train import parallel
 from glm52.train.trainer import Metrics, Recipe, Trainer, describe
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def train(recipe_path: Path, data: Path, out: Path, compiled: bool) -> None:
 
 
 class Log:
-    """metrics.jsonl: one JSON object per step; lines past the resumed point are dropped, so that no step stands twice."""
+    """metrics.jsonl: one JSON object per step; lines past the resumed point are dropped: no step stands twice."""
 
     def __init__(self, path: Path, tokens_seen: int) -> None:
         kept = []
@@ -135,7 +136,7 @@ def plot(out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5))
     for key in ("loss", "mtp_loss"):
         axes.plot([r["tokens"] / 1e6 for r in rows], [r[key] for r in rows], linewidth=0.6, label=key)
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         if before["stage"] != after["stage"]:
             axes.axvline(after["tokens"] / 1e6, color="grey", linewidth=0.6)
             axes.text(after["tokens"] / 1e6, axes.get_ylim()[1], after["stage"], fontsize=8, va="top")

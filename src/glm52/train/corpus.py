@@ -183,7 +183,7 @@ class Corpus:
     def _clean(self, text: str) -> str | None:
         """The text without lines seen three times elsewhere; None for duplicates, fragments and generated files."""
         lines = text.replace("\r\n", "\n").splitlines()
-        if not lines or max(map(len, lines)) > 3000 and len(lines) < 20:
+        if not lines or (max(map(len, lines)) > 3000 and len(lines) < 20):
             return None
         kept = []
         for line in lines:

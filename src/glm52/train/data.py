@@ -89,9 +89,7 @@ def windows(shards: Shards, mixture: Mapping[str, float], window: int, seed: int
         yield pieces
 
 
-def materialize(
-    shards: Shards, batch: list[list[Piece]], window: int, pad_id: int, prompt_weight: float
-) -> Batch:
+def materialize(shards: Shards, batch: list[list[Piece]], window: int, pad_id: int, prompt_weight: float) -> Batch:
     """Tensors of a list of windows. prompt_weight: the weight of chat tokens that the assistant does not produce."""
     B = len(batch)
     tokens = np.full((B, window), pad_id, dtype=np.int64)
@@ -117,4 +115,4 @@ def materialize(
         if at < window:
             lengths.append(window - at)
     flat = [torch.from_numpy(x.reshape(-1)) for x in (tokens, targets, weight, draft_targets, draft_weight)]
-    return Batch(*flat, spans=Spans.of_documents(lengths, window))
+    return Batch(flat[0], flat[1], flat[2], flat[3], flat[4], Spans.of_documents(lengths, window))

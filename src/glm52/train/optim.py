@@ -60,7 +60,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], config: GLMConfig, lr: float, momentum: float = 0.95,
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: GLMConfig,
+        lr: float,
+        momentum: float = 0.95,
         weight_decay: float = 0.01,
     ) -> None:
         self.named = list(named)

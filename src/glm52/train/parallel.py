@@ -1,7 +1,7 @@
 """Data parallelism: every process holds the whole model, takes its share of each batch, and sums gradients.
 
-On one machine ``glm52 train --processes N`` starts the processes itself; under ``torchrun`` they find each other through
-the usual environment. Two single-threaded processes beat one with two threads on small matrices.
+On one machine ``glm52 train --processes N`` starts the processes itself; under ``torchrun`` they find each other
+through the usual environment. Two single-threaded processes beat one with two threads on small matrices.
 """
 
 import os
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 
 def rank() -> int:
@@ -43,7 +43,7 @@ def launch(work: Callable[..., None], processes: int, *args: Any) -> None:
         work(*args)
     else:
         init = _free_address()
-        mp.spawn(_entry, (work, processes, init, args), nprocs=processes)
+        spawn(_entry, (work, processes, init, args), nprocs=processes)
 
 
 def _free_address() -> str:

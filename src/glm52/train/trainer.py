@@ -22,10 +22,10 @@ from glm52.checkpoint import write_checkpoint
 from glm52.config import GLMConfig
 from glm52.errors import ConfigError
 from glm52.model import GLM, Router
+from glm52.shards import Shards
 from glm52.train import parallel
 from glm52.train.data import Batch, Piece, materialize, windows
 from glm52.train.optim import Muon, uses_muon
-from glm52.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,13 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.tokens_seen += stage.batch_tokens
         metrics = {
-            "stage": stage.name, "step": self.step_in_stage, "tokens": self.tokens_seen, **sums,
-            "grad_norm": norm.item(), "lr_factor": factor, "tokens_per_s": stage.batch_tokens / seconds,
+            "stage": stage.name,
+            "step": self.step_in_stage,
+            "tokens": self.tokens_seen,
+            **sums,
+            "grad_norm": norm.item(),
+            "lr_factor": factor,
+            "tokens_per_s": stage.batch_tokens / seconds,
         }
         self._advance()
         return metrics
@@ -150,14 +155,17 @@ class Trainer:
         mine = batch_windows[parallel.rank() :: parallel.world_size()]
         per_micro = max(1, stage.micro_tokens // stage.window)
         micro = [
-            materialize(self.shards, mine[i : i + per_micro], stage.window, self.recipe.config.pad_token_id,
-                        stage.prompt_weight)
+            materialize(
+                self.shards, mine[i : i + per_micro], stage.window, self.recipe.config.pad_token_id, stage.prompt_weight
+            )
             for i in range(0, len(mine), per_micro)
         ]
-        weights = torch.stack([
-            sum((b.weight_T.sum() for b in micro), torch.zeros(())),
-            sum((b.draft_weight_T.sum() for b in micro), torch.zeros(())),
-        ])
+        weights = torch.stack(
+            [
+                sum((b.weight_T.sum() for b in micro), torch.zeros(())),
+                sum((b.draft_weight_T.sum() for b in micro), torch.zeros(())),
+            ]
+        )
         parallel.sum_over_processes([weights])
         totals = torch.zeros(3)
         for batch in micro:
@@ -165,7 +173,7 @@ class Trainer:
             main, draft, index = self._losses(batch, distill)
             terms = torch.stack((main / weights[0].clamp(min=1), draft / weights[1].clamp(min=1), index * share))
             loss = terms[2] if stage.trainable == "indexer" else terms[0] + stage.mtp_weight * terms[1] + terms[2]
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             totals += terms.detach()
         parallel.sum_over_processes([totals])
         metrics = {"loss": totals[0].item(), "mtp_loss": totals[1].item()}
@@ -175,13 +183,19 @@ class Trainer:
         """Summed next-token loss, summed MTP loss, mean indexer loss of a micro-batch."""
         model, head, zero = self.model, self.model.lm_head.weight, torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
-            h, index = model.forward_distill(batch.tokens_T, batch.spans) if distill else (
-                model(batch.tokens_T, batch.spans), zero)
+            h, index = (
+                model.forward_distill(batch.tokens_T, batch.spans)
+                if distill
+                else (model(batch.tokens_T, batch.spans), zero)
+            )
             main, _ = ops.token_loss(h, head, batch.targets_T, batch.weight_T, softmax=self.softmax)
             if model.mtp is None or (not self.stage.mtp_weight and not distill):
                 return main, zero, index
-            z, mtp_index = model.draft_distill(h, batch.targets_T, batch.spans) if distill else (
-                model.draft(h, batch.targets_T, batch.spans)[0], zero)
+            z, mtp_index = (
+                model.draft_distill(h, batch.targets_T, batch.spans)
+                if distill
+                else (model.draft(h, batch.targets_T, batch.spans)[0], zero)
+            )
             draft, _ = ops.token_loss(z, head, batch.draft_targets_T, batch.draft_weight_T, softmax=self.softmax)
         return main, draft, index + mtp_index
 
@@ -239,8 +253,12 @@ class Trainer:
         if parallel.rank() != 0:
             return
         state = {
-            "model": self.model.state_dict(), "muon": self.muon.state_dict(), "adam": self.adam.state_dict(),
-            "stage": self.stage_index, "step": self.step_in_stage, "tokens": self.tokens_seen,
+            "model": self.model.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "stage": self.stage_index,
+            "step": self.step_in_stage,
+            "tokens": self.tokens_seen,
         }
         temporary = self.out / "checkpoint.tmp"
         torch.save(state, temporary)
