@@ -1,0 +1,149 @@
+"""Training: its data are a function of the seed, a killed run resumes bit for bit, and what it writes can be loaded."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm52.cache import Spans
+from glm52.errors import ConfigError
+from glm52.load import load
+from glm52.shards import Shards, write_bucket
+from glm52.train.data import materialize, windows
+from glm52.train.optim import Muon, orthogonalize, split_matrices, uses_muon
+from glm52.train.trainer import Recipe, Stage, Trainer
+from tests.fixtures import random_model, tiny_config
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Counting sequences (learnable) as text and as chat, in which the second half of a document is the reply."""
+    folder, rng = tmp_path_factory.mktemp("shards"), random.Random(0)
+    manifest = {}
+    for name, chat in (("text", False), ("chat", True)):
+        documents = []
+        for _ in range(200):
+            start, length = rng.randrange(60), rng.randint(3, 30)
+            ids = [(start + i) % 60 for i in range(length)]
+            documents.append((ids, [i >= length // 2 for i in range(length)] if chat else None))
+        manifest[name] = write_bucket(folder, name, documents)
+    (folder / "manifest.json").write_text(str({"buckets": manifest}).replace("'", '"'))
+    return Shards(folder)
+
+
+def recipe(**changes: object) -> Recipe:
+    stages = (
+        Stage(name="one", tokens=64 * 3, mixture={"text": 0.5, "chat": 0.5}, window=32, batch_tokens=64,
+              micro_tokens=32, warmup_steps=1, distill_every=2),
+        Stage(name="two", tokens=64 * 3, mixture={"chat": 1.0}, window=32, batch_tokens=64, micro_tokens=64,
+              warmup_steps=1, index_topk=6, distill_every=2, decay_fraction=1.0),
+    )  # fmt: skip
+    return Recipe(name="test", config=tiny_config(), stages=stages, **changes)
+
+
+def run(trainer: Trainer, steps: int | None = None) -> list[dict[str, object]]:
+    out = []
+    while not trainer.finished and (steps is None or len(out) < steps):
+        metrics = trainer.step()
+        del metrics["tokens_per_s"]
+        out.append(metrics)
+    return out
+
+
+def test_a_killed_run_resumes_bit_for_bit(shards: Shards, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = Trainer(recipe(), shards, tmp_path / "whole", compiled=False)
+    expected = run(whole)
+    assert len(expected) == 6 and expected[-1]["loss"] < expected[0]["loss"]
+    killed = Trainer(recipe(save_every_s=0.0), shards, tmp_path / "killed", compiled=False)
+    begun = run(killed, 4)
+    resumed = Trainer(recipe(), shards, tmp_path / "killed", compiled=False)
+    assert begun + run(resumed) == expected
+    for name, p in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], p), name
+    loaded = load(tmp_path / "whole" / "two")
+    expected_bf16 = whole.model.lm_head.weight.detach().bfloat16()
+    assert torch.equal(loaded.lm_head.weight, expected_bf16.to(loaded.dtype))
+
+
+def test_the_indexer_stage_trains_nothing_else(shards: Shards, tmp_path: Path) -> None:
+    stage = Stage(name="indexer", tokens=64 * 2, mixture={"text": 1.0}, window=32, batch_tokens=64, micro_tokens=64,
+                  trainable="indexer", distill_every=1, warmup_steps=1, router_bias_lr=0.0)  # fmt: skip
+    trainer = Trainer(Recipe(name="t", config=tiny_config(), stages=(stage,)), shards, tmp_path, compiled=False)
+    before = {n: p.clone() for n, p in trainer.model.state_dict().items()}
+    metrics = run(trainer)
+    changed = {n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])}
+    assert changed and all(".indexer." in n for n in changed)
+    assert metrics[1]["index_loss"] < metrics[0]["index_loss"]
+
+
+def test_the_language_loss_never_reaches_the_indexer() -> None:
+    model = random_model(tiny_config()).requires_grad_(True)
+    spans = Spans.of_documents([20])
+    model(torch.arange(20), spans).square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "layers.7." not in n and "lm_head" not in n}
+    assert all((g is None) == (".indexer." in n) for n, g in grads.items())
+    model.zero_grad(set_to_none=True)
+    model.forward_distill(torch.arange(20), spans)[1].backward()
+    assert all((p.grad is not None) == (".indexer." in n and "layers.7." not in n) for n, p in model.named_parameters())
+
+
+def test_windows_are_a_function_of_the_seed_and_keep_their_shares(shards: Shards) -> None:
+    mixture = {"text": 0.25, "chat": 0.75}
+    first, again = (list(itertools.islice(windows(shards, mixture, 32, 5), 200)) for _ in range(2))
+    assert first == again
+    assert first != list(itertools.islice(windows(shards, mixture, 32, 6), 200))
+    used = dict.fromkeys(mixture, 0)
+    for window in first:
+        assert 0 < sum(p.end - p.begin for p in window) <= 32
+        for piece in window:
+            used[piece.bucket] += piece.end - piece.begin
+    # Text fills the rest of a window that the next conversation does not fit, so it is a little ahead.
+    assert abs(used["chat"] / sum(used.values()) - 0.75) < 0.05
+
+
+def test_targets_stay_inside_their_document(shards: Shards) -> None:
+    batch = materialize(shards, list(itertools.islice(windows(shards, {"chat": 1.0}, 32, 0), 8)), 32, 7, 0.25)
+    T = batch.spans.num_tokens
+    for t in range(T):
+        if batch.weight_T[t]:
+            assert batch.targets_T[t] == (batch.tokens_T[t] + 1) % 60
+            assert batch.weight_T[t] in (0.25, 1.0)
+        if batch.draft_weight_T[t]:
+            assert batch.draft_targets_T[t] == (batch.tokens_T[t] + 2) % 60
+    last = [t for t in range(T - 1) if batch.spans.seq_T[t] != batch.spans.seq_T[t + 1]]
+    assert not batch.weight_T[last].any(), "the last token of a whole document has no target"
+
+
+def test_muon_orthogonalizes_every_matrix_by_itself() -> None:
+    m = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(m).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+    config = tiny_config()
+    for name, p in random_model(config).named_parameters():
+        if uses_muon(name, p):
+            assert sum(part.numel() for part in split_matrices(name, p, config)) == p.numel()
+    names = {n for n, p in random_model(config).named_parameters() if not uses_muon(n, p)}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"} <= names
+
+
+def test_muon_takes_a_step_of_the_stated_size() -> None:
+    """A tall matrix moves by lr * sqrt(rows / columns) in every direction, a wide one by lr."""
+    config = tiny_config()
+    for shape, size in (((40, 10), 2.0), ((10, 40), 1.0)):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        Muon([("model.layers.0.mlp.up_proj.weight", p)], config, lr=0.1).step()
+        values = torch.linalg.svdvals(p.detach())
+        assert 0.06 * size < values.min() and values.max() < 0.13 * size
+
+
+def test_recipes_that_cannot_run_are_named(shards: Shards, tmp_path: Path) -> None:
+    stage = Stage(name="odd", tokens=64, mixture={"text": 1.0}, window=24, batch_tokens=64)
+    with pytest.raises(ConfigError, match="odd"):
+        Trainer(Recipe(name="t", config=tiny_config(), stages=(stage,)), shards, tmp_path, compiled=False)
+    with pytest.raises(ConfigError, match="chat, text"):
+        shards.bucket("poems")

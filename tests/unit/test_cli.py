@@ -1,0 +1,98 @@
+"""The command line as a user meets it: help, clear errors, a conversation through pipes."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm52 import cli
+from tests.fixtures import write_tiny
+
+DOC = Path(__file__).parent.parent.parent / "docs" / "cli.md"
+
+
+def glm52(*args: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "glm52.cli", *args], input=text, capture_output=True, text=True,
+                          timeout=120, env=os.environ | environment)  # fmt: skip
+
+
+def test_help_is_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/cli.md holds the help of every command. To write it anew: python -m tests.unit.test_cli"""
+    monkeypatch.setenv("COLUMNS", "110")
+    assert DOC.read_text() == documentation()
+
+
+def documentation() -> str:
+    out = ["# The command line\n\nWhat `glm52 COMMAND --help` prints.\n"]
+    commands = ["", "chat", "serve", "inspect", "eval", "data build", "data tokenizer", "train"]
+    for command in commands:
+        buffer = io.StringIO()
+        with contextlib.redirect_stdout(buffer), contextlib.suppress(SystemExit):
+            cli.main([*command.split(), "--help"])
+        out.append(f"## glm52 {command}".rstrip() + f"\n\n```\n{buffer.getvalue()}```\n")
+    return "\n".join(out)
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["chat", "/nowhere"], "no such folder"),
+        (["chat", "README.md"], "expected a model folder"),
+        (["chat", "tests"], "config.json"),
+        (["inspect", "glm-9"], "glm-5.2"),
+        (["inspect", "glm-5.2", "--context", "0"], "--context"),
+        (["serve", "--port", "99999"], "--port"),
+        (["train", "nothing.py", "--data", "x", "--out", "y"], "nothing.py"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(args: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+def test_unknown_options_and_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["chat", "--frobnicate"], ["dance"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(args)
+        assert caught.value.code == 2
+    assert "--frobnicate" in capsys.readouterr().err
+
+
+def test_a_conversation_through_pipes(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    lines = "/help\n/think off\nHi\n/effort high\n/think maybe\n/dance\n/stats\n/reset\n/exit\nnever read\n"
+    done = glm52("chat", str(tmp_path), "--max-tokens", "8", text=lines)
+    assert done.returncode == 0 and not done.stderr
+    for expected in ("/think on|off", "thinking is off", "(length)", "effort high", "/think on or /think off",
+                     "/dance is not a command", "tokens/s", "a new conversation"):  # fmt: skip
+        assert expected in done.stdout
+    assert "\x1b" not in done.stdout and "never" not in done.stdout
+
+
+def test_one_prompt_and_too_long_a_prompt(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    done = glm52("chat", str(tmp_path), "--max-tokens", "4", "--prompt", "Hi")
+    assert done.returncode == 0 and done.stdout.startswith("thinking: ")
+    long = glm52("chat", str(tmp_path), "--prompt", "word " * 600)
+    assert "maximum context length is 512" in long.stdout
+
+
+def test_the_reference_backend_runs_the_same_chat(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    args = ("chat", str(tmp_path), "--max-tokens", "16", "--think", "off", "--prompt", "Hi")
+    assert glm52(*args, GLM52_BACKEND="reference").stdout == glm52(*args).stdout
+    assert "GLM52_BACKEND" in glm52(*args, GLM52_BACKEND="cuda").stderr
+
+
+if __name__ == "__main__":
+    DOC.write_text(documentation())
