@@ -1,7 +1,7 @@
 """``glm52 data``: a tokenizer and token shards from local packages and our own generators.
 
 Natural text makes the buckets code, prose and multilingual; generated conversations make chat_code, chat_maths,
-chat_general and, for long contexts, chat_long. Each natural bucket has a held-out twin ``.test``. Everything is a
+chat_general, for long contexts chat_long, and for quoting the prompt chat_copy; induction is random tokens, repeated. Each natural bucket has a held-out twin ``.test``. Everything is a
 function of the seed and of what is installed; the manifest records both.
 """
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 NATURAL = ("code", "prose", "multilingual")
 # Shares of all generated tokens; chat_long is needles, tables and lists far beyond a training window.
-CHAT_SHARES = {"chat_code": 0.27, "chat_maths": 0.33, "chat_general": 0.3, "chat_long": 0.1}
+CHAT_SHARES = {"chat_code": 0.27, "chat_maths": 0.33, "chat_general": 0.3, "chat_long": 0.1, "chat_copy": 0.15}
 
 # Names and order of GLM's special tokens; they stand at the end of the vocabulary.
 SPECIAL_TOKENS = (
@@ -135,6 +135,8 @@ def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list
                 texts = [d.text for d in documents if d.is_test == is_test]
                 random.Random(seed).shuffle(texts)
                 manifest["buckets"][name] = write_bucket(out, name, _tokenized(tokenizer, texts, bucket, seed))
+    if only is None or "induction" in only:
+        manifest["buckets"]["induction"] = write_bucket(out, "induction", repetitions(tokens // 40, seed))
     for name, share in CHAT_SHARES.items():
         if only is None or name in only:
             room = int(tokens * 0.6 * share)
@@ -179,17 +181,30 @@ def conversations(
             yield ids, mask
 
 
+def repetitions(tokens: int, seed: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """Random tokens two to four times over: what induction heads are made of. The first time is not supervised."""
+    rng, total = random.Random(f"{seed}:induction"), 0
+    while total < tokens:
+        part = [rng.randrange(4000) for _ in range(rng.randint(6, 60))]
+        times = rng.randint(2, 4)
+        total += times * len(part)
+        yield part * times, [i >= len(part) for i in range(times * len(part))]
+
+
 def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] | None, Thinking]:
     if name == "chat_long":
         task, level = rng.choice((("needle", 3), ("needle", 4), ("needle", 5), ("needle", 5), ("key_value", 4)))
         example = tasks.TASKS[task].generate(rng, split="train", level=level)
+    elif name == "chat_copy":
+        task = rng.choices(("copy", "key_value", "reverse", "json", "passage"), weights=(8, 2, 2, 3, 2))[0]
+        example = tasks.TASKS[task].generate(rng, split="train", level=rng.randrange(2) if task == "key_value" else None)
     else:
         bucket = next(b for b in get_args(Bucket) if name == f"chat_{b}")
         example = tasks.draw(rng, "train", bucket)
     messages, thinking = [*example.messages, *example.target], example.thinking
     if rng.random() < 0.1:
         messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM)})
-    if example.tools is None and name != "chat_long" and rng.random() < 0.33:
+    if example.tools is None and name not in ("chat_long", "chat_copy") and rng.random() < 0.33:
         thinking = Thinking(enabled=thinking.enabled, effort=thinking.effort, clear=False)
         for _ in range(rng.randint(1, 2)):
             more = tasks.draw(rng, "train", rng.choice(("maths", "general")))
