@@ -1,8 +1,9 @@
 """``glm52 data``: a tokenizer and token shards from local packages and our own generators.
 
 Natural text makes the buckets code, prose and multilingual; generated conversations make chat_code, chat_maths,
-chat_general, for long contexts chat_long, and for quoting the prompt chat_copy; induction is random tokens, repeated. Each natural bucket has a held-out twin ``.test``. Everything is a
-function of the seed and of what is installed; the manifest records both.
+chat_general, for long contexts chat_long, and for quoting the prompt chat_copy; induction is random tokens, repeated.
+Each natural bucket has a held-out twin ``.test``. Everything is a function of the seed and of what is installed; the
+manifest records both.
 """
 
 import argparse
@@ -197,7 +198,8 @@ def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] |
         example = tasks.TASKS[task].generate(rng, split="train", level=level)
     elif name == "chat_copy":
         task = rng.choices(("copy", "key_value", "reverse", "json", "passage"), weights=(8, 2, 2, 3, 2))[0]
-        example = tasks.TASKS[task].generate(rng, split="train", level=rng.randrange(2) if task == "key_value" else None)
+        level = rng.randrange(2) if task == "key_value" else None
+        example = tasks.TASKS[task].generate(rng, split="train", level=level)
     else:
         bucket = next(b for b in get_args(Bucket) if name == f"chat_{b}")
         example = tasks.draw(rng, "train", bucket)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from glm52.errors import ConfigError
@@ -55,8 +56,14 @@ def read_recipe(path: Path) -> Recipe:
 def train(recipe_path: Path, data: Path, out: Path, compiled: bool) -> None:
     """The whole run in this process; rank 0 also writes metrics and shows progress."""
     recipe = read_recipe(recipe_path)
-    trainer = Trainer(recipe, Shards(data), out, compiled=compiled)
     leader = parallel.rank() == 0
+    lock = FileLock(out / "lock")
+    if leader:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"--out {out}: another run is writing there; wait or choose another folder") from error
+    trainer = Trainer(recipe, Shards(data), out, compiled=compiled)
     peak = matmul_peak_flops() * parallel.world_size()
     if leader:
         (out / "recipe.json").write_text(describe(recipe))
@@ -77,12 +84,14 @@ def train(recipe_path: Path, data: Path, out: Path, compiled: bool) -> None:
 
 
 class Log:
-    """metrics.jsonl: one JSON object per step; lines past the resumed point are dropped: no step stands twice."""
+    """metrics.jsonl: one JSON object per step.
+
+    On resuming, lines past the checkpoint are dropped, so that no step stands twice, and so is a line that a kill cut.
+    """
 
     def __init__(self, path: Path, tokens_seen: int) -> None:
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["tokens"] <= tokens_seen]
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["tokens"] <= tokens_seen]
         self._file = path.open("w")
         for line in kept:
             print(line, file=self._file)

@@ -5,6 +5,7 @@ through the usual environment. Two single-threaded processes beat one with two t
 """
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -53,6 +54,8 @@ def _free_address() -> str:
 
 
 def _entry(rank: int, work: Callable[..., None], processes: int, address: str, args: tuple[Any, ...]) -> None:
+    # torch sends SIGINT to the children of a parent that dies; one started in the background would ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
     try:
