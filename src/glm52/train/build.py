@@ -198,8 +198,8 @@ def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] |
         example = tasks.TASKS[task].generate(rng, split="train", level=level)
     elif name == "chat_copy":
         task = rng.choices(("copy", "key_value", "reverse", "json", "passage"), weights=(8, 2, 2, 3, 2))[0]
-        level = rng.randrange(2) if task == "key_value" else None
-        example = tasks.TASKS[task].generate(rng, split="train", level=level)
+        copied_level = rng.randrange(2) if task == "key_value" else None
+        example = tasks.TASKS[task].generate(rng, split="train", level=copied_level)
     else:
         bucket = next(b for b in get_args(Bucket) if name == f"chat_{b}")
         example = tasks.draw(rng, "train", bucket)
