@@ -1,6 +1,7 @@
 """The small model that ships with the package: 9.8 million parameters, the whole GLM-5.2 architecture.
 
-About 40 % code, 30 % maths, 30 % general and multilingual; six tenths of it conversations from our own generators.
+First the circuit that copies, then everything at once: natural text, and about two thirds conversations from our own
+generators. Long windows, the indexer and sparse attention come last, while the learning rate falls to zero.
 """
 
 from pathlib import Path
@@ -10,19 +11,15 @@ from glm52.config import GLMConfig
 from glm52.train.trainer import Recipe, Stage
 
 MIXTURE = {
-    "code": 0.16, "chat_code": 0.20, "chat_maths": 0.29, "prose": 0.06, "multilingual": 0.09, "chat_general": 0.20,
-}  # fmt: skip
-# Copying from the prompt gates every task that quotes it, and comes late: ever stronger doses of it (see LOG.md).
-FOCUS = {
-    "code": 0.07, "chat_code": 0.26, "chat_maths": 0.30, "prose": 0.03, "multilingual": 0.04, "chat_general": 0.30,
-}  # fmt: skip
-COPY = {
-    "code": 0.04, "chat_code": 0.20, "chat_maths": 0.24, "prose": 0.02, "multilingual": 0.02, "chat_general": 0.20,
-    "chat_copy": 0.18, "induction": 0.10,
+    "code": 0.11, "prose": 0.04, "multilingual": 0.07, "chat_code": 0.16, "chat_maths": 0.27, "chat_general": 0.19,
+    "chat_copy": 0.08, "induction": 0.08,
 }  # fmt: skip
 CHAT = {
-    "code": 0.04, "chat_code": 0.22, "chat_maths": 0.27, "prose": 0.02, "multilingual": 0.02, "chat_general": 0.22,
-    "chat_copy": 0.17, "induction": 0.04,
+    "code": 0.04, "prose": 0.02, "multilingual": 0.03, "chat_code": 0.18, "chat_maths": 0.33, "chat_general": 0.30,
+    "chat_copy": 0.08, "induction": 0.02,
+}  # fmt: skip
+LONG = {
+    "code": 0.08, "chat_code": 0.12, "chat_maths": 0.25, "chat_general": 0.25, "chat_long": 0.28, "induction": 0.02,
 }  # fmt: skip
 
 
@@ -31,11 +28,18 @@ def recipe() -> Recipe:
         name="nano",
         config=GLMConfig.read(Path(glm52.__file__).parent / "nano"),
         stages=(
-            Stage(name="pretrain", tokens=5_650_000, mixture=MIXTURE, distill_every=12, router_bias_lr=2e-3),
-            Stage(name="focus", tokens=3_948_544, mixture=FOCUS, warmup_steps=1, distill_every=16),
-            Stage(name="copy", tokens=483_328, mixture=COPY, muon_lr=0.012, adam_lr=2e-3, warmup_steps=1,
-                  prompt_weight=0.15, distill_every=16),
-            Stage(name="chat", tokens=5_500_000, mixture=CHAT, muon_lr=0.01, adam_lr=2e-3, warmup_steps=1,
-                  decay_fraction=0.7, prompt_weight=0.1, distill_every=16),
+            Stage(name="copy", tokens=983_040, mixture={"induction": 1.0}, window=256, batch_tokens=4096,
+                  micro_tokens=2048, warmup_steps=30, prompt_weight=0.0, mtp_weight=0.0),
+            Stage(name="begin", tokens=4_000_000, mixture=MIXTURE, warmup_steps=60, prompt_weight=0.15,
+                  mtp_weight=0.0),
+            Stage(name="pretrain", tokens=8_500_000, mixture=MIXTURE, warmup_steps=1, prompt_weight=0.15),
+            Stage(name="chat", tokens=5_500_000, mixture=CHAT, warmup_steps=1, prompt_weight=0.1, decay_fraction=0.8,
+                  final_lr=0.25),
+            Stage(name="long", tokens=1_600_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
+                  muon_lr=5e-3, adam_lr=7.5e-4, distill_every=8),
+            Stage(name="indexer", tokens=262_144, mixture=LONG, window=4096, trainable="indexer", warmup_steps=4,
+                  adam_lr=2e-3, decay_fraction=0.5, final_lr=0.1, distill_every=1),
+            Stage(name="sparse", tokens=600_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
+                  muon_lr=5e-3, adam_lr=7.5e-4, decay_fraction=1.0, index_topk=256, distill_every=2),
         ),
     )  # fmt: skip

@@ -293,7 +293,7 @@ class Decoder(nn.Module):
 
 
 class GLM(nn.Module):
-    """The whole model. Weights are left uninitialised until they are loaded or ``init_weights`` is called.
+    """The whole model. Weights are left uninitialised until they are loaded or ``train.init`` fills them.
 
     ``index_topk`` starts as the configuration's; training raises it to attend densely.
     """
@@ -370,12 +370,3 @@ class GLM(nn.Module):
         rope = ops.rope_table(spans.positions_T, self.config.qk_rope_head_dim, self.config.rope_theta)
         dense = cache is None and spans.max_length <= self.index_topk
         return Context(spans, rope.to(dtype), cache, self.index_topk, dense)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Normal(0, initializer_range) for matrices; norms 1, biases 0."""
-        for name, p in self.named_parameters():
-            if p.dim() > 1:
-                p.normal_(0.0, self.config.initializer_range, generator=generator)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)

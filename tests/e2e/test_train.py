@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm52 import ops
 from glm52.cache import Spans
 from glm52.errors import ConfigError
 from glm52.load import load
+from glm52.model import GLM
 from glm52.shards import Shards, write_bucket
 from glm52.train.data import materialize, windows
+from glm52.train.init import init_weights
 from glm52.train.optim import Muon, orthogonalize, split_matrices, uses_muon
 from glm52.train.trainer import Recipe, Stage, Trainer
 from tests.fixtures import random_model, tiny_config
@@ -139,6 +142,23 @@ def test_muon_takes_a_step_of_the_stated_size() -> None:
         Muon([("model.layers.0.mlp.up_proj.weight", p)], config, lr=0.1).step()
         values = torch.linalg.svdvals(p.detach())
         assert 0.06 * size < values.min() and values.max() < 0.13 * size
+
+
+def test_the_first_head_starts_by_looking_one_back() -> None:
+    """Scores of head 0 of layer 0 against every distance: the hint of ``init_weights`` peaks at one."""
+    config = tiny_config(qk_rope_head_dim=8)
+    model = GLM(config)
+    init_weights(model, torch.Generator().manual_seed(0))
+    attention = model.model.layers[0].self_attn
+    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.randint(0, 60, (24,))))
+    table = ops.rope_table(torch.arange(24), 8, config.rope_theta)
+    q = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(x))).unflatten(
+        -1, (config.num_attention_heads, -1)
+    )
+    q = ops.rope(q[:, 0, config.qk_nope_head_dim :], table)
+    k = ops.rope(attention.kv_a_proj_with_mqa(x)[:, config.kv_lora_rank :], table)
+    best = (q @ k.T).tril().argmax(1)
+    assert (best[1:] == torch.arange(23)).float().mean() > 0.9
 
 
 def test_recipes_that_cannot_run_are_named(shards: Shards, tmp_path: Path) -> None:

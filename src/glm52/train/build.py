@@ -137,7 +137,7 @@ def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list
                 random.Random(seed).shuffle(texts)
                 manifest["buckets"][name] = write_bucket(out, name, _tokenized(tokenizer, texts, bucket, seed))
     if only is None or "induction" in only:
-        manifest["buckets"]["induction"] = write_bucket(out, "induction", repetitions(tokens // 40, seed))
+        manifest["buckets"]["induction"] = write_bucket(out, "induction", repetitions(tokens // 16, seed))
     for name, share in CHAT_SHARES.items():
         if only is None or name in only:
             room = int(tokens * 0.6 * share)

@@ -25,6 +25,7 @@ from glm52.model import GLM, Router
 from glm52.shards import Shards
 from glm52.train import parallel
 from glm52.train.data import Batch, Piece, materialize, windows
+from glm52.train.init import init_weights
 from glm52.train.optim import Muon, uses_muon
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, shards: Shards, out: Path, *, compiled: bool = True) -> None:
         self.recipe, self.shards, self.out = recipe, shards, out
         self.model = GLM(recipe.config)
-        self.model.init_weights(torch.Generator().manual_seed(recipe.seed))
+        init_weights(self.model, torch.Generator().manual_seed(recipe.seed))
         self.model.train()
         named = list(self.model.named_parameters())
         self.muon = Muon([(n, p) for n, p in named if uses_muon(n, p)], recipe.config, lr=0.0)
