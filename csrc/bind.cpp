@@ -1,16 +1,23 @@
-// The only file that knows Python: checks shapes and dtypes, releases the GIL, calls the table.
+// The only file that knows Python: checks shapes and dtypes, releases the GIL, calls the kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "pack.h"
 #include "pool.h"
+#include "stack.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -20,26 +27,33 @@ namespace {
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 
+constexpr Table BASE = {"base", base::gemm, base::norm, base::mla, base::index};
+#ifdef GLM52_X86
+constexpr Table AVX2 = {"avx2", avx2::gemm, avx2::norm, avx2::mla, avx2::index};
+constexpr Table AVX512 = {"avx512", avx512::gemm, avx512::norm, avx512::mla, avx512::index};
+#endif
+
 std::vector<const Table*> supported() {
-  std::vector<const Table*> tables = {&base::table};
+  std::vector<const Table*> tables = {&BASE};
 #ifdef GLM52_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    tables.push_back(&avx2::table);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      tables.push_back(&avx512::table);
+    tables.push_back(&AVX2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")) {
+      tables.push_back(&AVX512);
     }
   }
 #endif
   return tables;
 }
 
-const Table* choose() {
+const Table& choose() {
   const auto tables = supported();
   const char* wanted = std::getenv("GLM52_ISA");
-  if (wanted == nullptr || *wanted == '\0') return tables.back();
+  if (wanted == nullptr || *wanted == '\0') return *tables.back();
   std::string names;
   for (const Table* t : tables) {
-    if (std::string(wanted) == t->name) return t;
+    if (std::string(wanted) == t->name) return *t;
     names += std::string(names.empty() ? "" : ", ") + t->name;
   }
   throw std::runtime_error("GLM52_ISA: this CPU has " + names + ", found " + wanted);
@@ -47,55 +61,314 @@ const Table* choose() {
 
 const Table* table = nullptr;
 
+[[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
+
 template <class A>
-void require(const char* name, const A& a, size_t ndim, bool dtype_ok, const char* dtypes) {
-  if (a.ndim() != ndim) {
-    throw nb::value_error((std::string(name) + ": expected " + std::to_string(ndim) + " dimensions, found " +
-                           std::to_string(a.ndim()))
-                              .c_str());
-  }
-  if (!dtype_ok) throw nb::value_error((std::string(name) + ": expected dtype " + dtypes).c_str());
-  int64_t stride = 1;
-  for (size_t i = ndim; i-- > 0;) {
-    if (a.shape(i) != 1 && a.stride(i) != stride) {
-      throw nb::value_error((std::string(name) + ": expected contiguous rows; call .contiguous()").c_str());
-    }
-    stride *= static_cast<int64_t>(a.shape(i));
-  }
+std::string shape_of(const A& a) {
+  std::string out = "[";
+  for (size_t i = 0; i < a.ndim(); ++i) out += (i ? ", " : "") + std::to_string(a.shape(i));
+  return out + "]";
 }
 
 bool is_f32(nb::dlpack::dtype t) { return t == nb::dtype<float>(); }
+bool is_i32(nb::dlpack::dtype t) { return t == nb::dtype<int32_t>(); }
 bool is_bf16(nb::dlpack::dtype t) {
   return t.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && t.bits == 16 && t.lanes == 1;
 }
 
-void linear(Array x, Array w, Output y, size_t threads) {
-  require("x", x, 2, is_f32(x.dtype()), "float32");
-  require("w", w, 2, is_f32(w.dtype()) || is_bf16(w.dtype()), "float32 or bfloat16");
-  require("y", y, 2, is_f32(y.dtype()), "float32");
-  if (w.shape(1) != x.shape(1) || y.shape(0) != x.shape(0) || y.shape(1) != w.shape(0)) {
-    throw nb::value_error(("w, y: expected [N, " + std::to_string(x.shape(1)) + "] and [" + std::to_string(x.shape(0)) +
-                           ", N], found w " + std::to_string(w.shape(0)) + " x " + std::to_string(w.shape(1)) + ", y " +
-                           std::to_string(y.shape(0)) + " x " + std::to_string(y.shape(1)))
-                              .c_str());
+constexpr size_t ANY = static_cast<size_t>(-1);
+
+// Contiguous, of that dtype and shape (ANY matches every size), or ValueError says what was found.
+template <class A>
+void require(const char* name, const A& a, bool dtype_ok, const char* dtype, std::initializer_list<size_t> shape) {
+  if (!dtype_ok) refuse(std::string(name) + ": expected dtype " + dtype);
+  bool fits = a.ndim() == shape.size();
+  std::string wanted;
+  size_t i = 0;
+  for (size_t n : shape) {
+    fits = fits && (n == ANY || a.shape(i) == n);
+    wanted += (i++ ? ", " : "") + (n == ANY ? std::string("any") : std::to_string(n));
   }
-  const LinearArgs args = {static_cast<const float*>(x.data()), w.data(), static_cast<float*>(y.data()),
-                           x.shape(0), w.shape(0), x.shape(1)};
-  const auto body = is_f32(w.dtype()) ? table->linear_f32 : table->linear_bf16;
+  if (!fits) refuse(std::string(name) + ": expected shape [" + wanted + "], found " + shape_of(a));
+  int64_t stride = 1;
+  for (size_t d = a.ndim(); d-- > 0;) {
+    if (a.shape(d) != 1 && a.stride(d) != stride) refuse(std::string(name) + ": expected contiguous rows; call .contiguous()");
+    stride *= static_cast<int64_t>(a.shape(d));
+  }
+}
+
+template <class A>
+const float* floats(const char* name, const A& a, std::initializer_list<size_t> shape) {
+  require(name, a, is_f32(a.dtype()), "float32", shape);
+  return static_cast<const float*>(a.data());
+}
+float* floats_out(const char* name, Output& a, std::initializer_list<size_t> shape) {
+  require(name, a, is_f32(a.dtype()), "float32", shape);
+  return static_cast<float*>(a.data());
+}
+const int32_t* integers(const char* name, const Array& a, std::initializer_list<size_t> shape) {
+  require(name, a, is_i32(a.dtype()), "int32", shape);
+  return static_cast<const int32_t*>(a.data());
+}
+
+Vector vector_of(const char* name, const Array& a, size_t size) {
+  const float* p = floats(name, a, {size});
+  return Vector(p, p + size);
+}
+
+// ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+const char* name_of(Format f) {
+  const char* names[] = {"f32", "bf16", "int8", "int4", "fp8"};
+  return names[static_cast<int>(f)];
+}
+
+Weights pack_matrix(const std::string& format, Array w, std::optional<Array> scales, size_t group, size_t scale_rows,
+                    size_t threads) {
+  Source s = {};
+  bool known = false;
+  for (Format f : {Format::f32, Format::bf16, Format::int8, Format::int4, Format::fp8}) {
+    if (format == name_of(f)) {
+      s.format = f;
+      known = true;
+    }
+  }
+  if (!known) refuse("format: expected f32, bf16, int8, int4 or fp8, found " + format);
+  const bool dtype_ok = s.format == Format::f32    ? is_f32(w.dtype())
+                        : s.format == Format::bf16 ? is_bf16(w.dtype())
+                        : s.format == Format::fp8  ? w.dtype() == nb::dtype<uint8_t>()
+                                                   : w.dtype() == nb::dtype<int8_t>();
+  require("w", w, dtype_ok, s.format == Format::f32 ? "float32" : s.format == Format::bf16 ? "bfloat16"
+                            : s.format == Format::fp8 ? "uint8 (E4M3 bits)" : "int8", {ANY, ANY});
+  s.data = w.data();
+  s.rows = w.shape(0);
+  s.depth = w.shape(1);
+  s.threads = threads;
+  if (!s.rows || !s.depth) refuse("w: expected at least one row and column, found " + shape_of(w));
+  if (is_scaled(s.format) != scales.has_value()) {
+    refuse(std::string("scales: ") + (scales ? "not expected for " : "expected for ") + format);
+  }
+  if (scales) {
+    if (!group || group % STEP) refuse("group: expected a multiple of 4, found " + std::to_string(group));
+    if (!scale_rows) refuse("scale_rows: expected at least 1, found 0");
+    s.group = group;
+    s.scale_rows = scale_rows;
+    s.scales = floats("scales", *scales, {(s.rows + scale_rows - 1) / scale_rows, (s.depth + group - 1) / group});
+  }
   const nb::gil_scoped_release unlocked;
-  parallel_for(args.rows, 16, threads, [&](size_t begin, size_t end) { body(args, begin, end); });
+  return pack(s);
+}
+
+void require_matrix(const char* name, const Weights& w, size_t rows, size_t depth) {
+  if (!w) refuse(std::string(name) + ": expected a matrix, found None");
+  if ((rows != ANY && w->rows != rows) || w->depth != depth) {
+    refuse(std::string(name) + ": expected " + (rows == ANY ? "any" : std::to_string(rows)) + " x " + std::to_string(depth) +
+           ", found " + std::to_string(w->rows) + " x " + std::to_string(w->depth));
+  }
+}
+
+void linear(Array x, const Weights& w, Output y, size_t threads) {
+  const float* in = floats("x", x, {ANY, ANY});
+  const size_t T = x.shape(0);
+  require_matrix("w", w, ANY, x.shape(1));
+  float* out = floats_out("y", y, {T, w->rows});
+  const nb::gil_scoped_release unlocked;
+  Stack(Dims{}, *table, threads).linear(*w, in, w->depth, T, out, w->rows);
+}
+
+// ── the stack ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Dims read_dims(const nb::dict& d) {
+  const auto n = [&](const char* key) { return nb::cast<size_t>(d[key]); };
+  const auto f = [&](const char* key) { return nb::cast<double>(d[key]); };
+  Dims out = {};
+  out.hidden = n("hidden"), out.heads = n("heads"), out.query_rank = n("query_rank"), out.latent = n("latent");
+  out.nope = n("nope"), out.rotary = n("rotary"), out.value = n("value"), out.index_heads = n("index_heads");
+  out.index_dim = n("index_dim"), out.top_k = n("top_k"), out.experts = n("experts");
+  out.experts_per_token = n("experts_per_token");
+  out.eps = static_cast<float>(f("eps")), out.latent_eps = static_cast<float>(f("latent_eps"));
+  out.index_eps = static_cast<float>(f("index_eps")), out.route_scale = static_cast<float>(f("route_scale"));
+  out.normalize_weights = nb::cast<bool>(d["normalize_weights"]);
+  out.theta = f("theta");
+  if (out.index_dim % STEP) refuse("index_dim: expected a multiple of 4, found " + std::to_string(out.index_dim));
+  return out;
+}
+
+Expert read_expert(const nb::handle& pair, size_t hidden) {
+  const auto [gate_up, down] = nb::cast<std::pair<Weights, Weights>>(pair);
+  require_matrix("gate_up", gate_up, ANY, hidden);
+  require_matrix("down", down, hidden, down ? down->depth : 0);
+  if (gate_up->panels() % 2 || down->depth > gate_up->rows / 2) refuse("gate_up: expected alternating panels of gate and up");
+  return {gate_up, down};
+}
+
+void add_layer(Stack& s, const nb::dict& l) {
+  const Dims& d = s.dims();
+  const auto vec = [&](const char* key, size_t n) { return vector_of(key, nb::cast<Array>(l[key]), n); };
+  const bool full = l.contains("index_weights");
+  Layer out;
+  out.input_norm = vec("input_norm", d.hidden), out.post_norm = vec("post_norm", d.hidden);
+  out.q_norm = vec("q_norm", d.query_rank), out.kv_norm = vec("kv_norm", d.latent);
+  const auto matrix = [&](const char* key, size_t rows, size_t depth) {
+    const auto w = nb::cast<Weights>(l[key]);
+    require_matrix(key, w, rows, depth);
+    return w;
+  };
+  out.a = matrix("a", d.query_rank + d.latent + d.rotary + (full ? d.index_dim : 0), d.hidden);
+  out.q = matrix("q", d.heads * (d.nope + d.rotary) + (full ? d.index_heads * d.index_dim : 0), d.query_rank);
+  out.o = matrix("o", d.hidden, d.heads * d.value);
+  out.key = nb::cast<std::vector<Weights>>(l["key"]), out.value = nb::cast<std::vector<Weights>>(l["value"]);
+  if (out.key.size() != d.heads || out.value.size() != d.heads) refuse("key, value: expected a matrix for each head");
+  for (size_t h = 0; h < d.heads; ++h) {
+    require_matrix("key", out.key[h], d.latent, d.nope);
+    require_matrix("value", out.value[h], d.value, d.latent);
+  }
+  if (full) {
+    out.index_weights = matrix("index_weights", d.index_heads, d.hidden);
+    if (out.index_weights->format != Format::f32) refuse("index_weights: expected f32");
+    out.index_norm = vec("index_norm", d.index_dim), out.index_bias = vec("index_bias", d.index_dim);
+  }
+  if (l.contains("dense")) out.dense = read_expert(l["dense"], d.hidden);
+  if (l.contains("router")) {
+    out.router = matrix("router", d.experts, d.hidden);
+    if (out.router->format != Format::f32) refuse("router: expected f32");
+    out.router_bias = vec("router_bias", d.experts);
+    for (const nb::handle pair : nb::cast<nb::list>(l["experts"])) out.experts.push_back(read_expert(pair, d.hidden));
+    if (out.experts.size() != d.experts) refuse("experts: expected " + std::to_string(d.experts));
+    const Format f = out.experts[0].gate_up->format;
+    for (const Expert& e : out.experts) {
+      if ((e.gate_up->format == Format::f32) != (f == Format::f32) || (e.down->format == Format::f32) != (f == Format::f32)) {
+        refuse("experts: f32 and other formats cannot be mixed in one layer");
+      }
+    }
+  } else if (!out.dense.gate_up) {
+    refuse("layer: expected a dense MLP or a router with experts");
+  }
+  s.layers.push_back(std::move(out));
+}
+
+Batch read_batch(const Array& where, const Array& tables, size_t page_size, const Cache& cache, size_t tokens) {
+  const int32_t* w = integers("where", where, {3, tokens});
+  const int32_t* t = integers("tables", tables, {ANY, ANY});
+  if (!page_size || page_size % PANEL) refuse("page_size: expected a multiple of 16, found " + std::to_string(page_size));
+  const size_t S = tables.shape(0), width = tables.shape(1);
+  for (size_t i = 0; i < tokens; ++i) {
+    const int32_t position = w[i], row = w[tokens + i], seq = w[2 * tokens + i];
+    if (position < 0 || seq < 0 || static_cast<size_t>(seq) >= S || row < 0 || static_cast<size_t>(row) >= cache.num_rows) {
+      refuse("where: token " + std::to_string(i) + " lies outside the cache or the tables");
+    }
+  }
+  for (size_t i = 0; i < S * width; ++i) {
+    if (t[i] < 0 || (static_cast<size_t>(t[i]) + 1) * page_size > cache.num_rows) refuse("tables: a page lies outside the cache");
+  }
+  return {tokens, w, w + tokens, w + 2 * tokens, t, width, page_size};
+}
+
+void require_pages(const Batch& b) {
+  for (size_t i = 0; i < b.tokens; ++i) {
+    if (static_cast<size_t>(b.positions[i]) >= b.table_width * b.page_size) {
+      refuse("tables: token " + std::to_string(i) + " is beyond its sequence's pages");
+    }
+  }
+}
+
+void require_layers(const Stack& s, size_t begin, size_t end) {
+  if (begin >= end || end > s.layers.size()) refuse("layers: expected a range within " + std::to_string(s.layers.size()));
+}
+
+// Layers [begin, end) over x in place; the full layers select.
+void run(Stack& s, size_t begin, size_t end, Output x, Array where, Array tables, size_t page_size, Cache& cache,
+         Selection& selection) {
+  require_layers(s, begin, end);
+  float* data = floats_out("x", x, {ANY, s.dims().hidden});
+  const Batch b = read_batch(where, tables, page_size, cache, x.shape(0));
+  require_pages(b);
+  if (!s.layers[begin].index_weights) refuse("layers: the first layer must own an indexer");
+  const nb::gil_scoped_release unlocked;
+  s.run(begin, end, b, cache, selection, true, data);
+}
+
+// One layer over x in place, which writes nothing and attends to the selection given.
+void reuse(Stack& s, size_t layer, Output x, Array where, Array tables, size_t page_size, Cache& cache, Selection& selection) {
+  require_layers(s, layer, layer + 1);
+  float* data = floats_out("x", x, {ANY, s.dims().hidden});
+  const Batch b = read_batch(where, tables, page_size, cache, x.shape(0));
+  if (selection.tokens != b.tokens) refuse("selection: expected one for each token");
+  const nb::gil_scoped_release unlocked;
+  s.run(layer, layer + 1, b, cache, selection, false, data);
+}
+
+std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
+  require("tokens", tokens, tokens.dtype() == nb::dtype<int64_t>(), "int64", {ANY});
+  const auto* t = static_cast<const int64_t*>(tokens.data());
+  const size_t n = tokens.shape(0);
+  auto out = std::make_shared<Selection>();
+  out->width = from.width;
+  out->tokens = n;
+  int32_t *ids = out->ids.reserve(n * from.width), *counts = out->counts.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (t[i] < 0 || static_cast<size_t>(t[i]) >= from.tokens) refuse("tokens: outside the selection");
+    counts[i] = from.counts.data()[t[i]];
+    std::memcpy(ids + i * from.width, from.ids.data() + static_cast<size_t>(t[i]) * from.width, from.width * 4);
+  }
+  return out;
 }
 
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-  table = choose();
+  table = &choose();
   m.def("isa", [] { return std::string(table->name); }, "The instruction set in use.");
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Table* t : supported()) names.emplace_back(t->name);
     return names;
   }, "Every instruction set of this build that this CPU has, the widest last.");
+
+  nb::class_<Matrix>(m, "Matrix", "A weight matrix in panels of 16 rows.")
+      .def_prop_ro("rows", [](const Matrix& w) { return w.rows; })
+      .def_prop_ro("depth", [](const Matrix& w) { return w.depth; })
+      .def_prop_ro("format", [](const Matrix& w) { return name_of(w.format); })
+      .def_prop_ro("num_bytes", &Matrix::bytes);
+  m.def("pack", &pack_matrix, nb::arg("format"), nb::arg("w"), nb::arg("scales") = nb::none(), nb::arg("group") = 0,
+        nb::arg("scale_rows") = 1, nb::arg("threads") = 1,
+        "Pack w [N, D]: f32, bf16, int8 (also for int4, -8 to 7) or E4M3 bits as uint8; scales f32 "
+        "[ceil(N / scale_rows), ceil(D / group)] for the last three.");
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), nb::arg("y").noconvert(), nb::arg("threads"),
-        "y = x w^T. x f32 [T, D], w f32 or bf16 [N, D], y f32 [T, N], all contiguous. ValueError names what is wrong.");
+        "y = x w^T. x f32 [T, D], y f32 [T, N]. x is rounded to bfloat16 unless w is f32; sums are fp32.");
+
+  nb::class_<Cache>(m, "Cache", "Latent rows and index keys of every layer, float32 or bfloat16.")
+      .def("__init__", [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows, bool as_float) {
+        if (rows % PANEL) refuse("rows: expected a multiple of 16, found " + std::to_string(rows));
+        new (self) Cache(read_dims(dims), has_index, rows, as_float);
+      }, nb::arg("dims"), nb::arg("has_index"), nb::arg("rows"), nb::arg("as_float"))
+      .def_ro("num_rows", &Cache::num_rows)
+      .def_prop_ro("num_bytes", &Cache::num_bytes);
+  nb::class_<Selection>(m, "Selection", "The rows each token of a forward attends to.")
+      .def(nb::init<>())
+      .def("__getitem__", &take, nb::arg("tokens"), "The selections of some tokens, as a new one.");
+  nb::class_<Stack>(m, "Stack", "Decoder layers over packed tokens, as one call.")
+      .def("__init__", [](Stack* self, const nb::dict& dims, size_t threads) {
+        new (self) Stack(read_dims(dims), *table, threads);
+      }, nb::arg("dims"), nb::arg("threads"))
+      .def_rw("threads", &Stack::threads)
+      .def_rw("top_k", &Stack::top_k)
+      .def("add_layer", &add_layer)
+      .def("run", &run, nb::arg("begin"), nb::arg("end"), nb::arg("x").noconvert(), nb::arg("where"), nb::arg("tables"),
+           nb::arg("page_size"), nb::arg("cache"), nb::arg("selection"))
+      .def("reuse", &reuse, nb::arg("layer"), nb::arg("x").noconvert(), nb::arg("where"), nb::arg("tables"),
+           nb::arg("page_size"), nb::arg("cache"), nb::arg("selection"))
+      .def("norm", [](Stack& s, Array w, Array x, Output out) {
+        const float* in = floats("x", x, {ANY, s.dims().hidden});
+        const Vector weights = vector_of("w", w, s.dims().hidden);
+        float* y = floats_out("out", out, {x.shape(0), s.dims().hidden});
+        s.norm(weights, in, x.shape(0), y);
+      }, nb::arg("w"), nb::arg("x"), nb::arg("out").noconvert())
+      .def("linear", [](Stack& s, const Weights& w, Array x, Output y) {
+        const float* in = floats("x", x, {ANY, ANY});
+        require_matrix("w", w, ANY, x.shape(1));
+        float* out = floats_out("y", y, {x.shape(0), w->rows});
+        const nb::gil_scoped_release unlocked;
+        s.linear(*w, in, w->depth, x.shape(0), out, w->rows);
+      }, nb::arg("w"), nb::arg("x"), nb::arg("y").noconvert());
 }

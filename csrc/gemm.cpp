@@ -1,61 +1,169 @@
-// linear: matrix-vector and small matrix-matrix products over row-major weights, without packing.
-#include "simd.h"
-#include "table.h"
+// Products with weight matrices: plain, gated (SwiGLU), and weighted sums of experts; packing; tiling of activations.
+#include "gemm.h"
 
-#define STRING(x) #x
-#define NAME(x) STRING(x)
+#include <algorithm>
+
+#include "table.h"
 
 namespace NS {
 namespace {
 
-// A tile of R weight rows and T tokens. One accumulator per element, so that every tile adds in the same order.
-template <int R, int T, class W>
-void tile(const LinearArgs& a, const W* w, size_t n, size_t t) {
-  Vec acc[R][T];
-  for (int r = 0; r < R; ++r) {
-    for (int s = 0; s < T; ++s) acc[r][s] = Vec::zero();
-  }
-  const size_t whole = a.depth - a.depth % Vec::width;
-  for (size_t d = 0; d < whole; d += Vec::width) {
-    Vec x[T];
-    for (int s = 0; s < T; ++s) x[s] = Vec::load(a.x + (t + s) * a.depth + d);
-    for (int r = 0; r < R; ++r) {
-      const Vec row = Vec::load(w + (n + r) * a.depth + d);
-      for (int s = 0; s < T; ++s) acc[r][s].fma(row, x[s]);
+constexpr size_t BLOCK = 4;  // panels that are walked together
+
+// Results of a block of panels for one tile of tokens: [BLOCK][TILE][LANES].
+using Block = float[BLOCK * TILE * LANES];
+
+template <class F, int P, int T>
+void block(const Matrix& w, const uint8_t* const* panels, size_t first, size_t count,
+           const typename F::Activation* x, float* out) {
+  for (size_t at = 0; at < count; at += P) {
+    const uint8_t* panel[P];
+    const float* scale[P];
+    for (int p = 0; p < P; ++p) {
+      const size_t mine = std::min(at + p, count - 1);  // a block's last panel stands in for those that are missing
+      panel[p] = panels[mine];
+      scale[p] = w.scale(first + mine);
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int s = 0; s < T; ++s) {
-      float total = sum(acc[r][s]);
-      for (size_t d = whole; d < a.depth; ++d) total += widen(w[(n + r) * a.depth + d]) * a.x[(t + s) * a.depth + d];
-      a.y[(t + s) * a.rows + n + r] = total;
+    F16 y[P][T];
+    multiply<F, P, T>(panel, scale, w.steps(), w.group, x, y);
+    for (int p = 0; p < P && at + p < count; ++p) {
+      for (int t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE + t) * LANES);
     }
   }
 }
 
-template <int R, class W>
-void rows(const LinearArgs& a, const W* w, size_t n) {
-  constexpr int T = 4;
-  size_t t = 0;
-  if constexpr (R <= 4) {
-    for (; t + T <= a.tokens; t += T) tile<R, T>(a, w, n, t);
+template <class F>
+void block_of_width(const Matrix& w, const uint8_t* const* panels, size_t first, size_t count, size_t width,
+                    const typename F::Activation* x, float* out) {
+  // As many accumulators as registers hold.
+  switch (width) {
+    case 1: return block<F, 4, 1>(w, panels, first, count, x, out);
+    case 2: return block<F, 4, 2>(w, panels, first, count, x, out);
+    case 4: return block<F, F::scaled ? 2 : 4, 4>(w, panels, first, count, x, out);
+    case 8: return block<F, F::scaled ? 1 : 2, 8>(w, panels, first, count, x, out);
+    default: return block<F, F::scaled ? 1 : 2, TILE>(w, panels, first, count, x, out);
   }
-  for (; t < a.tokens; ++t) tile<R, 1>(a, w, n, t);
 }
 
-template <class W>
-void linear(const LinearArgs& a, size_t begin, size_t end) {
-  const W* w = static_cast<const W*>(a.w);
-  size_t n = begin;
-  if (a.tokens < 4) {
-    for (; n + 8 <= end; n += 8) rows<8>(a, w, n);
+// Every block of panels [begin, end) against every tile; ``each(panel, count, token, tokens, results)`` takes them.
+template <class F, class Each>
+void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t end, Each each) {
+  static thread_local Buffer<uint8_t> decoded;
+  const size_t step_values = PANEL * STEP;
+  for (size_t first = begin; first < end; first += BLOCK) {
+    const size_t count = std::min(BLOCK, end - first);
+    const uint8_t* panels[BLOCK];
+    for (size_t p = 0; p < count; ++p) panels[p] = w.panel(first + p);
+    bool wide = false;
+    if constexpr (F::scaled) {
+      if (tokens > TILE) {  // several tiles: decode once
+        wide = true;
+        uint8_t* out = decoded.reserve(count * w.steps() * step_values * sizeof(bf16));
+        for (size_t p = 0; p < count; ++p) {
+          auto* to = out + p * w.steps() * step_values * sizeof(bf16);
+          for (size_t s = 0; s < w.steps(); ++s) {
+            const Step step = F::load(panels[p] + s * F::bytes);
+            std::memcpy(to + s * sizeof step, &step, sizeof step);
+          }
+          panels[p] = to;
+        }
+      }
+    }
+    const auto* tile = static_cast<const typename F::Activation*>(x);
+    Block results;
+    for (size_t t = 0; t < tokens; t += TILE) {
+      const size_t live = std::min(TILE, tokens - t), width = tile_width(live);
+      if constexpr (F::scaled) {
+        if (wide) block_of_width<ScaledBF16>(w, panels, first, count, width, tile, results);
+        else block_of_width<F>(w, panels, first, count, width, tile, results);
+      } else {
+        block_of_width<F>(w, panels, first, count, width, tile, results);
+      }
+      each(first, count, t, live, results);
+      tile += width * w.steps() * STEP;
+    }
   }
-  for (; n + 4 <= end; n += 4) rows<4>(a, w, n);
-  for (; n < end; ++n) rows<1>(a, w, n);
+}
+
+template <class Each>
+void walk_any(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t end, Each each) {
+  switch (w.format) {
+    case Format::f32: return walk<F32>(w, x, tokens, begin, end, each);
+    case Format::bf16: return walk<BF16>(w, x, tokens, begin, end, each);
+    case Format::int8: return walk<INT8>(w, x, tokens, begin, end, each);
+    case Format::int4: return walk<INT4>(w, x, tokens, begin, end, each);
+    case Format::fp8: return walk<FP8>(w, x, tokens, begin, end, each);
+  }
+}
+
+void linear(const Matrix& w, const void* x, size_t tokens, float* y, size_t stride, size_t begin, size_t end) {
+  walk_any(w, x, tokens, begin, end, [&](size_t panel, size_t count, size_t t, size_t live, const float* r) {
+    for (size_t p = 0; p < count; ++p) {
+      const size_t row = (panel + p) * PANEL, rows = std::min(PANEL, w.rows - row);
+      for (size_t i = 0; i < live; ++i) std::memcpy(y + (t + i) * stride + row, r + (p * TILE + i) * LANES, rows * 4);
+    }
+  });
+}
+
+void linear_add(const Matrix& w, const void* x, size_t tokens, const int32_t* token, const float* weight, float* y,
+                size_t stride, size_t begin, size_t end) {
+  walk_any(w, x, tokens, begin, end, [&](size_t panel, size_t count, size_t t, size_t live, const float* r) {
+    for (size_t p = 0; p < count; ++p) {
+      const size_t row = (panel + p) * PANEL, rows = std::min(PANEL, w.rows - row);
+      for (size_t i = 0; i < live; ++i) {
+        float* out = y + (token ? token[t + i] : t + i) * stride + row;
+        const float* in = r + (p * TILE + i) * LANES;
+        const float scale = weight ? weight[t + i] : 1.0f;
+        for (size_t n = 0; n < rows; ++n) out[n] += scale * in[n];
+      }
+    }
+  });
+}
+
+void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t stride, size_t begin, size_t end) {
+  walk_any(w, x, tokens, 2 * begin, 2 * end, [&](size_t panel, size_t count, size_t t, size_t live, const float* r) {
+    for (size_t p = 0; p < count; p += 2) {
+      for (size_t i = 0; i < live; ++i) {
+        const float* gate = r + (p * TILE + i) * LANES;
+        const float* up = gate + TILE * LANES;
+        float* out = h + (t + i) * stride + (panel + p) / 2 * PANEL;
+        for (size_t n = 0; n < LANES; ++n) out[n] = gate[n] * sigmoid(gate[n]) * up[n];
+      }
+    }
+  });
+}
+
+template <class T>
+void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out) {
+  const size_t padded = round_up(depth, STEP), width = tile_width(tokens);
+  // Pairs of bfloat16 stay together; single floats stand alone.
+  constexpr size_t together = sizeof(T) == 2 ? 2 : 1;
+  for (size_t t = 0; t < width; ++t) {
+    const float* row = t < tokens ? x + (token ? token[t] : t) * stride : nullptr;
+    for (size_t k = 0; k < padded; k += together) {
+      for (size_t i = 0; i < together; ++i) {
+        narrow(row && k + i < depth ? row[k + i] : 0.0f, out[(k * width) + t * together + i]);
+      }
+    }
+  }
+}
+
+// Tiles [begin, end) of a product's tokens.
+void tile(bool as_float, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, void* out,
+          size_t begin, size_t end) {
+  const size_t size = TILE * round_up(depth, STEP);
+  for (size_t i = begin; i < end; ++i) {
+    const size_t first = i * TILE, live = std::min(TILE, tokens - first);
+    const float* rows = token ? x : x + first * stride;
+    const int32_t* picked = token ? token + first : nullptr;
+    if (as_float) tile_as(rows, stride, picked, live, depth, static_cast<float*>(out) + i * size);
+    else tile_as(rows, stride, picked, live, depth, static_cast<bf16*>(out) + i * size);
+  }
 }
 
 }  // namespace
 
-extern const Table table = {NAME(NS), linear<float>, linear<bf16>};
+extern const Gemm gemm;
+const Gemm gemm = {linear, linear_add, gated, tile};
 
 }  // namespace NS

@@ -1,69 +1,118 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define PAUSE _mm_pause()
+#else
+#define PAUSE std::this_thread::yield()
+#endif
+
+namespace pool {
 namespace {
 
-class Pool {
+constexpr int SPINS = 2000;
+
+enum State { IDLE, POSTED, RUNNING };
+
+struct Job {
+  size_t units = 0, chunk = 1;
+  Call call = nullptr;
+  const void* work = nullptr;
+  std::atomic<size_t> next{0};
+
+  void drain() {
+    for (;;) {
+      const size_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+      if (begin >= units) return;
+      call(work, begin, std::min(begin + chunk, units));
+    }
+  }
+};
+
+class Worker {
  public:
-  // Leaked on purpose: its threads may outlive static destructors when the process exits.
-  static Pool& get() {
-    static Pool* pool = new Pool;
-    return *pool;
+  explicit Worker(Job& job) : job_(job) {
+    std::thread([this] { loop(); }).detach();
   }
 
-  void run(size_t count, size_t grain, size_t threads, const std::function<void(size_t, size_t)>& work) {
-    const std::lock_guard<std::mutex> one_caller(callers_);
-    const size_t grains = (count + grain - 1) / grain;
-    threads = std::min(std::max<size_t>(threads, 1), std::max<size_t>(grains, 1));
-    const size_t share = (grains + threads - 1) / threads * grain;
-    const auto part = [&](size_t i) { work(std::min(i * share, count), std::min((i + 1) * share, count)); };
-    if (threads == 1) return part(0);
-    while (workers_.size() < threads - 1) start(workers_.size() + 1);
-    {
+  void post() {
+    state_.store(POSTED);
+    if (asleep_.load()) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      part_ = part;
-      active_ = threads;
-      left_ = threads - 1;
-      ++round_;
+      wake_.notify_one();
     }
-    begin_.notify_all();
-    part(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return left_ == 0; });
+  }
+
+  // The job is empty: a worker that has not begun need not begin.
+  void finish() {
+    int expected = POSTED;
+    if (state_.compare_exchange_strong(expected, IDLE)) return;
+    for (int i = 0; state_.load(std::memory_order_acquire) != IDLE; ++i) {
+      if (i < SPINS) PAUSE;
+      else std::this_thread::yield();
+    }
   }
 
  private:
-  void start(size_t index) {
-    workers_.emplace_back([this, index, seen = round_]() mutable {
-      for (;;) {
+  void loop() {
+    for (;;) {
+      for (int i = 0; i < SPINS && state_.load(std::memory_order_relaxed) != POSTED; ++i) PAUSE;
+      if (state_.load() != POSTED) {
         std::unique_lock<std::mutex> lock(mutex_);
-        begin_.wait(lock, [&] { return round_ != seen; });
-        seen = round_;
-        if (index >= active_) continue;
-        lock.unlock();
-        part_(index);
-        lock.lock();
-        if (--left_ == 0) done_.notify_one();
+        asleep_.store(true);
+        wake_.wait(lock, [&] { return state_.load() == POSTED; });
+        asleep_.store(false);
       }
-    });
-    workers_.back().detach();
+      int expected = POSTED;
+      if (!state_.compare_exchange_strong(expected, RUNNING)) continue;
+      job_.drain();
+      state_.store(IDLE, std::memory_order_release);
+    }
   }
 
-  std::mutex callers_, mutex_;
-  std::condition_variable begin_, done_;
-  std::function<void(size_t)> part_;
-  size_t active_ = 0, left_ = 0, round_ = 0;
-  std::vector<std::thread> workers_;
+  Job& job_;
+  std::atomic<int> state_{IDLE};
+  std::atomic<bool> asleep_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// Leaked on purpose: its threads may outlive static destructors when the process exits.
+struct Pool {
+  std::mutex callers;
+  Job job;
+  std::vector<std::unique_ptr<Worker>> workers;
 };
 
 }  // namespace
 
-void parallel_for(size_t count, size_t grain, size_t threads, const std::function<void(size_t, size_t)>& work) {
-  Pool::get().run(count, grain, threads, work);
+void run(size_t units, size_t chunk, size_t threads, Call call, const void* work) {
+  chunk = std::max<size_t>(chunk, 1);
+  threads = std::min(std::max<size_t>(threads, 1), (units + chunk - 1) / chunk);
+  if (threads <= 1) {
+    if (units) call(work, 0, units);
+    return;
+  }
+  static Pool* pool = new Pool;
+  const std::lock_guard<std::mutex> one_caller(pool->callers);
+  Job& job = pool->job;
+  job.units = units;
+  job.chunk = chunk;
+  job.call = call;
+  job.work = work;
+  job.next.store(0);
+  while (pool->workers.size() < threads - 1) pool->workers.push_back(std::make_unique<Worker>(job));
+  for (size_t i = 0; i + 1 < threads; ++i) pool->workers[i]->post();
+  job.drain();
+  for (size_t i = 0; i + 1 < threads; ++i) pool->workers[i]->finish();
 }
+
+}  // namespace pool

@@ -1,8 +1,20 @@
-// Threads that wait, take a fixed share of a range each, and wait again. They sleep between calls and never spin.
+// Threads that share a range. Between two calls they spin for some ten microseconds, since the next call of a forward is
+// near, and then sleep. Who computes which part is not fixed; no result may depend on it.
 #pragma once
 
 #include <cstddef>
-#include <functional>
 
-// Run work(begin, end) over [0, count) on that many threads, the caller's among them; shares are multiples of `grain`.
-void parallel_for(size_t count, size_t grain, size_t threads, const std::function<void(size_t, size_t)>& work);
+namespace pool {
+
+using Call = void (*)(const void* work, size_t begin, size_t end);
+
+void run(size_t units, size_t chunk, size_t threads, Call call, const void* work);
+
+// work(begin, end) over [0, units) in pieces of at most `chunk`, on that many threads, the caller's among them.
+template <class Work>
+void each(size_t units, size_t chunk, size_t threads, const Work& work) {
+  run(units, chunk, threads,
+      [](const void* w, size_t begin, size_t end) { (*static_cast<const Work*>(w))(begin, end); }, &work);
+}
+
+}  // namespace pool

@@ -1,29 +1,90 @@
-// What every instruction set offers, as a table of functions; bind.cpp picks one table when the extension is imported.
+// What every instruction set offers, as tables of functions, one a family; a caller picks a set when it starts.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
-// y[t, n] = sum over d of x[t, d] * w[n, d], for rows n in [begin, end). x, y and the sums are float; w is float or
-// bfloat16. The order of the sum over d is fixed: an element's bits depend on its row of x and of w and on nothing else.
-struct LinearArgs {
-  const float* x;
-  const void* w;
-  float* y;
-  size_t tokens, rows, depth;
+#include "matrix.h"
+
+// Rows of a latent pool are padded with zeros to a multiple of this.
+constexpr size_t ROW_PAD = 32;
+
+// x is tiled (see matrix.h); panels [begin, end) are computed; y and h are float with a stride between tokens.
+struct Gemm {
+  // y[t, n] = w[n] . x[t]
+  void (*linear)(const Matrix& w, const void* x, size_t tokens, float* y, size_t stride, size_t begin, size_t end);
+  // y[token[i], n] += weight[i] * w[n] . x[i]; without token i itself, without weight 1
+  void (*linear_add)(const Matrix& w, const void* x, size_t tokens, const int32_t* token, const float* weight, float* y,
+                     size_t stride, size_t begin, size_t end);
+  // h[t, n] = silu(gate . x[t]) * (up . x[t]); w alternates panels of gate and up, begin and end count pairs of them
+  void (*gated)(const Matrix& w, const void* x, size_t tokens, float* h, size_t stride, size_t begin, size_t end);
+  // Tiles [begin, end) of rows x[token[i]] (or x[i]), as float or rounded to bfloat16
+  void (*tile)(bool as_float, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth,
+               void* out, size_t begin, size_t end);
+};
+
+struct Norm {
+  void (*rms_norm)(const float* x, const float* w, float eps, size_t n, float* out);
+  void (*layer_norm)(const float* x, const float* w, const float* b, float eps, size_t n, float* out);
+  // Rotates interleaved pairs in place.
+  void (*rope)(float* x, const float* cos, const float* sin, size_t pairs);
+  // Sigmoid router: the bias chooses and never weighs, ties go to the lowest expert.
+  void (*route)(const float* logits, const float* bias, size_t experts, size_t k, float scale, bool normalize,
+                int32_t* ids, float* weights);
+};
+
+// One token's attention: heads q_latent [H, latent] and q_rope [H, rope_stride] against `count` rows of the pool.
+struct MlaArgs {
+  bool as_float;
+  const void* rows;
+  size_t row_stride, latent, rotary, rope_stride;
+  const float *q_latent, *q_rope;
+  const int32_t* ids;
+  size_t count;
+  float scale;
+};
+
+struct Mla {
+  // Heads [begin, end) of out [H, latent].
+  void (*attend)(const MlaArgs& a, size_t begin, size_t end, float* out);
+  void (*write_row)(const float* x, size_t n, size_t stride, bool as_float, void* pool, size_t row);
+};
+
+// One token's search: q is tiled with heads in the place of tokens, keys lie in panels of 16 rows.
+struct IndexArgs {
+  bool as_float;
+  const void* q;
+  const float* weights;
+  size_t heads, depth;
+  const void* keys;
+  const int32_t* table;
+  size_t page_size, keep;
+  float scale;
+};
+
+struct Index {
+  // The best `keep` of positions [begin, end), begin a multiple of 64, as (score, position) in one number; unordered.
+  // `best` has room for 2 * keep + 64.
+  size_t (*scan)(const IndexArgs& a, size_t begin, size_t end, uint64_t* best);
+  void (*write_key)(const float* x, size_t depth, bool as_float, void* pool, size_t row);
 };
 
 struct Table {
   const char* name;
-  void (*linear_f32)(const LinearArgs&, size_t begin, size_t end);
-  void (*linear_bf16)(const LinearArgs&, size_t begin, size_t end);
+  const Gemm& gemm;
+  const Norm& norm;
+  const Mla& mla;
+  const Index& index;
 };
 
-namespace base {
-extern const Table table;
-}
-namespace avx2 {
-extern const Table table;
-}
-namespace avx512 {
-extern const Table table;
-}
+#define GLM52_DECLARE(NS)       \
+  namespace NS {                \
+  extern const Gemm gemm;       \
+  extern const Norm norm;       \
+  extern const Mla mla;         \
+  extern const Index index;     \
+  }
+GLM52_DECLARE(base)
+GLM52_DECLARE(avx2)
+GLM52_DECLARE(avx512)
+#undef GLM52_DECLARE

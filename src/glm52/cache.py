@@ -51,6 +51,16 @@ class Spans:
             window=window,
         )
 
+    @staticmethod
+    def of_sequence(begin: int, end: int, page_size: int = 64) -> "Spans":
+        """Tokens [begin, end) of one sequence over a cache, whose position p lives in row p."""
+        positions = torch.arange(begin, end)
+        return Spans(
+            positions_T=positions, seq_T=torch.zeros_like(positions), row_T=positions,
+            tables_SP=torch.arange(-(-end // page_size), dtype=torch.int32)[None], lengths_S=torch.tensor([end]),
+            max_length=end, page_size=page_size,
+        )  # fmt: skip
+
     @property
     def num_tokens(self) -> int:
         return self.positions_T.shape[0]

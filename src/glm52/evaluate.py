@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from glm52 import ops
 from glm52.cache import Spans
 from glm52.chat import Reply, Thinking, parse_reply
-from glm52.engine import SamplingParams
+from glm52.engine import Model, SamplingParams
 from glm52.hub import resolve
-from glm52.model import GLM
 from glm52.session import Session
 from glm52.shards import Shards
 from glm52.tasks import TASKS
@@ -70,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     session = Session.open(resolve(args.model), max_seqs=16, max_batch_tokens=1024, context=65_536)
     if args.dense:
-        session.engine.model.index_topk = session.engine.cache.num_rows
+        session.engine.model.index_topk = session.engine.context_length
     results: list[Score] = []
     for item in filter(None, args.tasks.split(",")):
         name, _, level = item.partition(":")
@@ -145,16 +143,16 @@ def bits_per_byte_of_shards(session: Session, folder: Path) -> dict[str, dict[st
 
 @torch.inference_mode()
 def bits_per_byte(
-    model: GLM, tokenizer: Tokenizer, documents: list[list[int]], window: int = 1024, max_windows: int = 96
+    model: Model, tokenizer: Tokenizer, documents: list[list[int]], window: int = 1024, max_windows: int = 96
 ) -> tuple[float, bytes]:
     """Mean bits per byte over windows of documents (each window starts without context), and the text itself."""
     windows = [d[a : a + window] for d in documents for a in range(0, len(d) - 1, window) if len(d) - a > 1]
     random.Random(0).shuffle(windows)
     nats, text = 0.0, b""
+    cache = model.new_cache(window)
     for ids in windows[:max_windows]:
         tokens = torch.tensor(ids)
-        h = model(tokens, Spans.of_documents([len(ids)]))[:-1]
-        _, loss_T = ops.token_loss(h, model.lm_head.weight, tokens[1:], torch.ones(len(h)))
-        nats += float(loss_T.sum())
+        h = model(tokens, Spans.of_sequence(0, len(ids)), cache)[:-1]
+        nats += float(torch.nn.functional.cross_entropy(model.logits(h), tokens[1:], reduction="sum"))
         text += tokenizer.decode(ids[1:], skip_special=True).encode()
     return nats / math.log(2) / len(text), text

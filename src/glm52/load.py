@@ -4,9 +4,13 @@ from pathlib import Path
 
 import torch
 
+from glm52 import ops
 from glm52.checkpoint import Checkpoint, read_parameters, write_checkpoint
 from glm52.config import GLMConfig
+from glm52.errors import ConfigError
 from glm52.model import GLM
+from glm52.native import NativeGLM
+from glm52.quant import WeightFormat
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -28,6 +32,19 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> GLM:
         if isinstance(getattr(module, "load_E", None), torch.Tensor):
             module.load_E = torch.zeros(config.n_routed_experts)
     return model.requires_grad_(False).eval()
+
+
+def load_for_inference(folder: Path, fmt: WeightFormat) -> GLM | NativeGLM:
+    """Read a folder for generation: packed for the native kernels where there are any, else the reference model.
+
+    ConfigError if a quantised format is asked for without kernels, since the reference holds none.
+    """
+    if ops.backend() != "reference":
+        return NativeGLM(load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16), fmt)
+    if fmt not in ("f32", "bf16"):
+        raise ConfigError(f"--format {fmt}: expected f32 or bf16 without the native kernels; install a C++ compiler "
+                          "and glm52 again for the others")  # fmt: skip
+    return load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16)
 
 
 def save(model: GLM, folder: Path) -> None:

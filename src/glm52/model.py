@@ -18,7 +18,7 @@ from glm52.cache import LatentCache, Spans
 from glm52.config import GLMConfig
 
 # Fixed by the published model code, not by config.json.
-_INDEX_NORM_EPS = 1e-6
+INDEX_NORM_EPS = 1e-6
 
 
 class Selection(NamedTuple):
@@ -94,7 +94,7 @@ class Indexer(nn.Module):
         self.heads, self.rope_dim = config.index_n_heads, config.qk_rope_head_dim
         self.wq_b = Linear(config.q_lora_rank, config.index_n_heads * config.index_head_dim)
         self.wk = Linear(config.hidden_size, config.index_head_dim)
-        self.k_norm = LayerNorm(config.index_head_dim, _INDEX_NORM_EPS)
+        self.k_norm = LayerNorm(config.index_head_dim, INDEX_NORM_EPS)
         self.weights_proj = Linear(config.hidden_size, config.index_n_heads)
 
     def forward(self, h_TD: Tensor, q_TQ: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,6 +313,9 @@ class GLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
+
+    def new_cache(self, num_rows: int) -> LatentCache:
+        return LatentCache(self.config, num_rows, self.dtype)
 
     def forward(self, tokens_T: Tensor, spans: Spans, cache: LatentCache | None = None) -> Tensor:
         """tokens_T int64 -> h_TD, the hidden state after ``model.norm``. With a cache, the tokens' rows are written."""

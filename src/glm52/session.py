@@ -2,22 +2,26 @@
 ``eval`` start from."""
 
 import json
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, get_args
 
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
 from glm52.engine import Engine
 from glm52.errors import RequestError
-from glm52.load import load
+from glm52.load import load_for_inference
+from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Below this size a model is computed in fp32 unless told otherwise: it costs little and rounds less.
+# Below this size a model is computed in f32 unless told otherwise: it costs little and rounds less.
 _SMALL_BYTES = 1 << 30
+
+
+def add_format_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--format", choices=get_args(WeightFormat),
+                        help="format of the weights (default: f32 below 1 GiB, else bf16)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,20 @@ class Session:
     def open(
         folder: Path,
         *,
-        dtype: str = "auto",
+        fmt: WeightFormat | None = None,
         context: int | None = None,
         max_seqs: int = 8,
         max_batch_tokens: int = 512,
         num_drafts: int | None = None,
     ) -> "Session":
-        """Load a folder. context: cache rows for all sequences together (default: the model's longest context, at most
-        32,768). num_drafts None: 1 where the checkpoint has an MTP layer."""
+        """Load a folder. fmt None: f32 for a small model, else bf16. context: cache rows for all sequences together
+        (default: the model's longest context, at most 32,768). num_drafts None: 1 where there is an MTP layer."""
         config = GLMConfig.read(folder)
-        if dtype == "auto":
+        if fmt is None:
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-            dtype = "float32" if size < _SMALL_BYTES else "bfloat16"
+            fmt = "f32" if size < _SMALL_BYTES else "bf16"
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
-        model = load(folder, dtype=_DTYPES[dtype])
+        model = load_for_inference(folder, fmt)
         if context is not None and context < 64:
             raise RequestError(f"--context: expected at least 64 tokens, found {context}")
         engine = Engine(

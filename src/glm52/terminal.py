@@ -22,7 +22,7 @@ from glm52.chat import (
 from glm52.engine import SamplingParams
 from glm52.errors import GLMError
 from glm52.hub import resolve
-from glm52.session import Session
+from glm52.session import Session, add_format_argument
 
 HELP = """\
 /think on|off       think before answering, or not
@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: 1)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_format_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    session = Session.open(resolve(args.model), dtype=args.dtype, num_drafts=args.drafts)
+    session = Session.open(resolve(args.model), fmt=args.format, num_drafts=args.drafts)
     chat = Chat(session, args, sys.stdout)
     if args.prompt is not None:
         chat.say(args.prompt)

@@ -7,18 +7,48 @@ too little to flip a near tie, so any difference is a bug of bookkeeping.
 
 import random
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from glm52 import ops
 from glm52.cache import Spans
 from glm52.engine import Engine, SamplingParams, Sequence, generate
-from glm52.engine.sampling import distribution
+from glm52.engine.sampling import distribution, log_probabilities
 from glm52.model import GLM
+from glm52.native import NativeGLM
 from tests.fixtures import random_model, tiny_config
 
 VOCAB = 61
+
+
+@dataclass(frozen=True)
+class Body:
+    """A model under test. unit: the rows its pages come in."""
+
+    model: Any
+    unit: int
+
+    def last_logits(self, tokens: list[int]) -> np.ndarray:
+        """Of the whole forward of a sequence, computed at once."""
+        if isinstance(self.model, GLM):
+            h = self.model(torch.tensor(tokens), Spans.of_documents([len(tokens)]))
+        else:
+            spans = Spans.of_sequence(0, len(tokens), 16)
+            h = self.model(torch.tensor(tokens), spans, self.model.new_cache(64))
+        return self.model.logits(h[-1:])[0].numpy()
+
+
+@pytest.fixture(
+    scope="module", params=["reference", *(("f32", "bf16", "int4") if ops.backend() != "reference" else ())]
+)
+def body(request: pytest.FixtureRequest) -> Body:
+    if request.param == "reference":
+        return Body(random_model(tiny_config(), dtype=torch.float64), 1)
+    return Body(NativeGLM(random_model(tiny_config()), request.param, threads=2), 16)
 
 
 @pytest.fixture(scope="module")
@@ -27,50 +57,66 @@ def model() -> GLM:
 
 
 @torch.inference_mode()
-def naive(model: GLM, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens by running the whole forward, without a cache, for every one of them."""
-    tokens = list(prompt)
+def naive(body: Body, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log probabilities, by running the whole forward for every one of them."""
+    tokens, logprobs = list(prompt), []
     for _ in range(count):
-        h = model(torch.tensor(tokens), Spans.of_documents([len(tokens)]))
-        tokens.append(int(np.argmax(model.logits(h[-1:])[0].numpy())))
-    return tokens[len(prompt) :]
+        logits = body.last_logits(tokens)
+        tokens.append(int(np.argmax(logits)))
+        logprobs.append(float(log_probabilities(logits)[tokens[-1]]))
+    return tokens[len(prompt) :], logprobs
 
 
 @pytest.fixture(scope="module")
 def corpus(model: GLM) -> list[tuple[list[int], list[int]]]:
+    return [(prompt, tokens) for prompt, tokens, _ in cases_of(Body(model, 1))]
+
+
+@pytest.fixture(scope="module")
+def cases(body: Body) -> list[tuple[list[int], list[int], list[float]]]:
+    return cases_of(body)
+
+
+def cases_of(body: Body) -> list[tuple[list[int], list[int], list[float]]]:
     """Prompts with their continuations; several begin alike."""
     rng = random.Random(0)
     stems = [[rng.randrange(1, VOCAB) for _ in range(24)] for _ in range(3)]
     prompts = [rng.choice(stems)[: rng.randint(0, 24)] + [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
                for _ in range(14)]  # fmt: skip
-    return [(p, naive(model, p, 16)) for p in prompts]
+    return [(p, *naive(body, p, 16)) for p in prompts]
 
 
-def run_schedule(model: GLM, corpus: list[tuple[list[int], list[int]]], rng: random.Random) -> Counter[str]:
+def run_schedule(body: Body, cases: list[tuple[list[int], list[int], list[float]]], rng: random.Random) -> Counter[str]:
     """One random engine, random arrivals, lengths and aborts; every reply must be a prefix of the naive one."""
     max_seqs = rng.randint(1, 5)
-    page_size = rng.choice((1, 2, 4, 8))
+    page_size = rng.choice((1, 2, 4, 8)) if body.unit == 1 else body.unit
     engine = Engine(
-        model, num_rows=rng.choice((56, 56, 72, 256)), page_size=page_size, max_seqs=max_seqs,
+        body.model, num_rows=rng.choice((56, 56, 72, 256) if body.unit == 1 else (64, 64, 80, 256)),
+        page_size=page_size, max_seqs=max_seqs,
         max_batch_tokens=rng.choice((max_seqs, max_seqs + 3, 16, 64)) + max_seqs, num_drafts=rng.choice((0, 0, 1, 2, 5)),
     )  # fmt: skip
-    todo = [rng.choice(corpus) for _ in range(rng.randint(1, 6))]
-    living: list[tuple[Sequence, list[int]]] = []
+    todo = [rng.choice(cases) for _ in range(rng.randint(1, 6))]
+    living: list[tuple[Sequence, list[int], list[float]]] = []
+    said: dict[Sequence, list[float]] = {}
     done = 0
     while todo or living:
         if todo and rng.random() < 0.6:
-            prompt, expected = todo.pop()
+            prompt, expected, logprobs = todo.pop()
             count = rng.randint(1, len(expected))
-            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count)
-            living.append((engine.submit(prompt, params), expected[:count]))
-        engine.step()
+            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count, logprobs=0)
+            living.append((engine.submit(prompt, params), expected[:count], logprobs[:count]))
+        for event in engine.step():
+            said.setdefault(event.seq, []).extend(p.logprob for p in event.logprobs)
         engine.check()
         if living and rng.random() < 0.03:
             engine.abort(living.pop(rng.randrange(len(living)))[0])
-        for seq, expected in list(living):
+        for item in list(living):
+            seq, expected, logprobs = item
             if seq.finish_reason is not None:
                 assert (seq.output, seq.finish_reason) == (expected, "length")
-                living.remove((seq, expected))
+                # The native body promises bits; the reference's matrix products round by the shape of the batch.
+                assert said[seq] == (logprobs if body.unit > 1 else pytest.approx(logprobs, abs=1e-9))
+                living.remove(item)
                 done += 1
     assert not engine.has_work
     engine.check()
@@ -81,11 +127,11 @@ def run_schedule(model: GLM, corpus: list[tuple[list[int], list[int]]], rng: ran
 
 
 @pytest.mark.parametrize("block", range(8))
-def test_greedy_output_is_identical_over_random_schedules(model: GLM, corpus, block: int) -> None:
+def test_greedy_output_is_identical_over_random_schedules(body: Body, cases, block: int) -> None:
     """26 random schedules each; together they must have met prefix hits, preemptions and drafts."""
     total: Counter[str] = Counter()
     for i in range(26):
-        total += run_schedule(model, corpus, random.Random(100 * block + i))
+        total += run_schedule(body, cases, random.Random(100 * block + i))
     assert total["done"] > 50 and total["hits"] > 0 and total["preemptions"] > 0 and total["drafted"] > 0
 
 

@@ -16,6 +16,7 @@ FLOORS = (
     {"quant", "cache", "chat", "shards"},
     {"ops", "checkpoint", "tasks", "inspect"},
     {"model"},
+    {"native"},
     {"engine", "load"},
     {"session"},
     {"server", "train", "evaluate", "terminal"},

@@ -1,6 +1,6 @@
 """The inference engine: sequences, scheduling, sampling, speculation, streams."""
 
-from glm52.engine.engine import Engine, Stats, generate
+from glm52.engine.engine import Engine, Model, Stats, generate
 from glm52.engine.params import SamplingParams
 from glm52.engine.sequence import Event, FinishReason, Sequence, TokenLogprob
 from glm52.engine.stream import AsyncEngine
@@ -10,6 +10,7 @@ __all__ = [
     "Engine",
     "Event",
     "FinishReason",
+    "Model",
     "SamplingParams",
     "Sequence",
     "Stats",

@@ -7,20 +7,37 @@ handed in; it knows nothing of files, plans or protocols.
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glm52.cache import LatentCache, Spans
+from glm52.cache import Spans
+from glm52.config import GLMConfig
 from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array, distribution, log_probabilities, pick, processed, residual, uniform
 from glm52.engine.scheduler import Scheduler, Work
 from glm52.engine.sequence import Event, Sequence, TokenLogprob, draw_seed
 from glm52.errors import RequestError
-from glm52.model import GLM
 from glm52.pages import Pages
 from glm52.tokenizer import Tokenizer
+
+
+class Model(Protocol):
+    """What an engine steps: ``model.GLM``, or the same contract natively. A selection is indexed by token."""
+
+    config: GLMConfig
+    index_topk: int
+
+    @property
+    def mtp(self) -> Any: ...
+    def new_cache(self, num_rows: int) -> Any: ...
+    def __call__(self, tokens_T: Tensor, spans: Spans, cache: Any) -> Tensor: ...
+    def logits(self, h_TD: Tensor) -> Tensor: ...
+    def draft(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None
+    ) -> tuple[Tensor, Any]: ...
 
 
 @dataclass
@@ -41,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GLM,
+        model: Model,
         *,
         num_rows: int,
         page_size: int = 64,
@@ -50,7 +67,7 @@ class Engine:
         num_drafts: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        if num_drafts and model.mtp is None:
+        if num_drafts and not model.mtp:
             raise RequestError("drafts: this checkpoint has no MTP layer; use 0", param="drafts")
         if not 0 <= num_drafts <= 5:
             raise RequestError(f"drafts: expected 0 to 5, found {num_drafts}", param="drafts")
@@ -61,7 +78,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.num_drafts = model, tokenizer, num_drafts
         self.pages = Pages(num_rows // page_size, page_size)
-        self.cache = LatentCache(model.config, self.pages.num_pages * page_size, model.dtype)
+        self.cache = model.new_cache(self.pages.num_pages * page_size)
         self.scheduler = Scheduler(self.pages, max_batch_tokens, max_seqs)
         self.stats = Stats()
         self._eos = frozenset(model.config.eos_token_id)
@@ -70,7 +87,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """The longest prompt plus reply this engine can hold."""
-        return min(self.model.config.max_position_embeddings, self.cache.num_rows)
+        return min(self.model.config.max_position_embeddings, self.pages.num_pages * self.pages.page_size)
 
     @property
     def has_work(self) -> bool:
@@ -168,7 +185,7 @@ class Engine:
         if not ends:
             return []
         rows = torch.cat([torch.arange(end - w.drafts - 1, end) for w, end in ends])
-        logits = self.model.logits(h_TD[rows]).double().numpy()
+        logits = self.model.logits(h_TD[rows]).numpy()
         events, at = [], 0
         for w, _ in ends:
             events.append(self._advance(w, logits[at : at + w.drafts + 1]))
@@ -255,10 +272,9 @@ class Engine:
         if not parts:
             return
         next_tokens = torch.tensor([t for seq, begin, n in parts for t in seq.tokens[begin + 1 : begin + n + 1]])
-        z_TD, ids_TG = self.model.draft(
+        z_TD, selection = self.model.draft(
             torch.cat([h for _, h, _ in extend]), next_tokens, self._spans(parts), self.cache
         )
-        assert ids_TG is not None
         ends = torch.tensor([n for _, _, n in parts]).cumsum(0) - 1
         chosen = [
             i for i, (seq, begin, n) in enumerate(parts)
@@ -267,13 +283,13 @@ class Engine:
         if not chosen:
             return
         seqs = [parts[i][0] for i in chosen]
-        z_SD, ids_SG = z_TD[ends[chosen]], ids_TG[ends[chosen]]
+        z_SD, selection = z_TD[ends[chosen]], selection[ends[chosen]]
         for depth in range(self.num_drafts):
-            logits = self.model.logits(z_SD).double().numpy()
+            logits = self.model.logits(z_SD).numpy()
             proposed = [self._propose(seq, x) for seq, x in zip(seqs, logits, strict=True)]
             if depth + 1 < self.num_drafts:
                 spans = self._spans([(seq, len(seq.tokens) - 1 + depth, 1) for seq in seqs])
-                z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, ids_SG)
+                z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, selection)
 
     def _has_room(self, seq: Sequence) -> bool:
         """Whether all drafts and one more token fit before the sequence must end."""

@@ -1,19 +1,19 @@
 """From logits to a token: penalties, truncation, and draws that depend on the seed and the position alone.
 
-Arrays are numpy float64 of the vocabulary's length [W]. A draw is a pure function of (seed, position, purpose), so a
-sampled reply does not depend on what else is in the batch.
+Logits are float32 or float64 [W] as the model gives them; everything after them is float64. A draw
+is a pure function of (seed, position, purpose), so a sampled reply does not depend on what else is in the batch.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm52.engine.params import SamplingParams
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 _PURPOSES = {"token": 0, "draft": 1, "accept": 2, "residual": 3}
 
 
@@ -28,7 +28,7 @@ def processed(logits_W: Array, params: SamplingParams, prompt: Sequence[int], ou
     plain = not params.logit_bias and params.repetition_penalty == 1.0
     if plain and not params.presence_penalty and not params.frequency_penalty:
         return logits_W
-    x = logits_W.copy()
+    x = logits_W.astype(np.float64)
     for token, bias in params.logit_bias.items():
         x[token] += bias
     if params.repetition_penalty != 1.0:
@@ -41,7 +41,7 @@ def processed(logits_W: Array, params: SamplingParams, prompt: Sequence[int], ou
 
 def distribution(logits_W: Array, params: SamplingParams) -> Array:
     """Probabilities after temperature, top_k, top_p and min_p, in this order. Ties at a cut keep the lowest ids."""
-    x = logits_W / params.temperature
+    x = logits_W.astype(np.float64) / params.temperature
     p = np.exp(x - x.max())
     p /= p.sum()
     if params.top_k or params.top_p < 1.0:
@@ -76,6 +76,6 @@ def residual(p_W: Array, q_W: Array) -> Array:
 
 def log_probabilities(logits_W: Array) -> Array:
     """Natural logarithms of the model's own probabilities, before temperature and truncation."""
-    x = logits_W - logits_W.max()
+    x = logits_W.astype(np.float64) - logits_W.max()
     out: Array = x - np.log(np.exp(x).sum())
     return out

@@ -6,17 +6,16 @@ the extension was built. What a body may change is speed and, within the stated 
 """
 
 import os
-
-import torch
-from torch import Tensor
+from types import ModuleType
 
 from glm52.errors import ConfigError
-from glm52.ops import cpu, reference
+from glm52.ops import cpu
 from glm52.ops.reference import (
     expert_ffn,
     index_distillation,
     index_scores,
     layer_norm,
+    linear,
     mla_absorbed,
     mla_expanded,
     norm,
@@ -37,6 +36,7 @@ __all__ = [
     "expert_ffn",
     "index_distillation",
     "index_scores",
+    "kernels",
     "layer_norm",
     "linear",
     "mla_absorbed",
@@ -65,8 +65,8 @@ def backend() -> str:
     return f"native ({_kernels.isa()})" if _kernels else "reference"
 
 
-def linear(x_TD: Tensor, w_ND: Tensor) -> Tensor:
-    """x_TD @ w_ND^T -> [T, N] in the dtype of x."""
-    if _kernels is None or torch.compiler.is_compiling() or not cpu.can_linear(x_TD, w_ND):
-        return reference.linear(x_TD, w_ND)
-    return cpu.linear(_kernels, x_TD, w_ND)
+def kernels() -> ModuleType:
+    """The native extension; ConfigError if this installation has none or it was switched off."""
+    if _kernels is None:
+        raise ConfigError("native kernels: expected the extension glm52._kernels, found none; see the warning above")
+    return _kernels

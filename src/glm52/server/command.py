@@ -10,7 +10,7 @@ from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import resolve
 from glm52.server.app import Service, create_app
-from glm52.session import Session
+from glm52.session import Session, add_format_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-seqs", type=int, default=8, help="requests computed together (default: 8)")
     parser.add_argument("--max-batch-tokens", type=int, default=512, help="tokens of one step (default: 512)")
     parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: 1)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_format_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     listener = _bind(args.host, args.port)
     session = Session.open(
-        resolve(args.model), dtype=args.dtype, context=args.context, max_seqs=args.max_seqs,
+        resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
         max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts,
     )  # fmt: skip
     backend = AsyncEngine(session.engine)

@@ -1,0 +1,113 @@
+// The lightning indexer: scores of a stretch of keys, and the best of them, in one pass.
+//
+// Keys lie in panels of 16 rows like a weight matrix, so a score is a product of a panel with the heads of one token.
+// Candidates are kept in a buffer of fixed size, whatever the context's length. Higher scores win, then lower positions.
+#include <algorithm>
+
+#include "gemm.h"
+#include "table.h"
+
+namespace NS {
+namespace {
+
+constexpr size_t BLOCK = 4;  // panels scored together
+
+// A score and a position as one number that orders them.
+uint64_t ranked(float score, uint32_t position) {
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - position);
+}
+
+template <class F, int P, int T>
+void add_heads(const uint8_t* const* panels, size_t depth, const typename F::Activation* q, const float* weight,
+               size_t live, float scale, F16* total) {
+  for (size_t at = 0; at < BLOCK; at += P) {
+    const uint8_t* panel[P];
+    const float* none[P] = {};
+    for (int p = 0; p < P; ++p) panel[p] = panels[at + p];
+    F16 dots[P][T];
+    multiply<F, P, T>(panel, none, depth / STEP, 0, q, dots);
+    for (size_t x = 0; x < live; ++x) {
+      for (int p = 0; p < P; ++p) {
+        total[at + p].fma(F16::all(weight[x]), F16::max(dots[p][x] * F16::all(scale), F16::zero()));
+      }
+    }
+  }
+}
+
+// Scores of the keys in BLOCK panels, all heads.
+template <class F>
+void score(const IndexArgs& a, const uint8_t* const* panels, float* out) {
+  F16 total[BLOCK];
+  for (F16& t : total) t = F16::zero();
+  const auto* q = static_cast<const typename F::Activation*>(a.q);
+  for (size_t x = 0; x < a.heads; x += TILE) {
+    const size_t live = std::min(TILE, a.heads - x), width = tile_width(live);
+    switch (width) {
+      case 1: add_heads<F, 4, 1>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
+      case 2: add_heads<F, 4, 2>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
+      case 4: add_heads<F, 4, 4>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
+      case 8: add_heads<F, 2, 8>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
+      default: add_heads<F, 2, TILE>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+    }
+    q += width * a.depth;
+  }
+  for (size_t p = 0; p < BLOCK; ++p) total[p].store(out + p * LANES);
+}
+
+// The best ``keep`` of positions [begin, end) into ``best`` (room for 2 * keep + 64), unordered; returns how many.
+template <class F>
+size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
+  const size_t room = 2 * a.keep + BLOCK * PANEL, panel_bytes = a.depth * PANEL * sizeof(typename F::Activation);
+  const auto* pool = static_cast<const uint8_t*>(a.keys);
+  size_t size = 0;
+  uint64_t threshold = 0;
+  for (size_t at = begin; at < end; at += BLOCK * PANEL) {
+    const uint8_t* panels[BLOCK];
+    for (size_t p = 0; p < BLOCK; ++p) {
+      const size_t position = std::min(at + p * PANEL, (end - 1) / PANEL * PANEL);
+      const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
+      panels[p] = pool + row / PANEL * panel_bytes;
+    }
+    float scores[BLOCK * PANEL];
+    score<F>(a, panels, scores);
+    const size_t live = std::min(BLOCK * PANEL, end - at);
+    for (size_t i = 0; i < live; ++i) {
+      const uint64_t rank = ranked(scores[i], static_cast<uint32_t>(at + i));
+      if (rank > threshold) best[size++] = rank;
+    }
+    if (size + BLOCK * PANEL > room) {
+      std::nth_element(best, best + a.keep - 1, best + size, std::greater<>());
+      size = a.keep;
+      threshold = best[a.keep - 1];
+    }
+  }
+  return size;
+}
+
+size_t scan_any(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
+  return a.as_float ? scan<F32>(a, begin, end, best) : scan<BF16>(a, begin, end, best);
+}
+
+template <class T>
+void write_key_as(const float* x, size_t depth, T* pool, size_t row) {
+  constexpr size_t together = sizeof(T) == 2 ? 2 : 1;
+  T* panel = pool + row / PANEL * PANEL * depth;
+  for (size_t k = 0; k < depth; ++k) {
+    narrow(x[k], panel[k / together * together * PANEL + row % PANEL * together + k % together]);
+  }
+}
+
+void write_key(const float* x, size_t depth, bool as_float, void* pool, size_t row) {
+  if (as_float) write_key_as(x, depth, static_cast<float*>(pool), row);
+  else write_key_as(x, depth, static_cast<bf16*>(pool), row);
+}
+
+}  // namespace
+
+extern const Index index;
+const Index index = {scan_any, write_key};
+
+}  // namespace NS

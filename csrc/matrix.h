@@ -1,0 +1,86 @@
+// A weight matrix as the kernels read it, and activations as they take them. Knows layouts, no instruction set.
+//
+// Rows come in panels of 16, one lane each; along a row four values make a step. So a panel is one stream of memory, a
+// product with one token or with twelve walks it in the same order, and no sum is ever taken across lanes.
+//
+//   panel:  step 0            step 1            ...        a step:  row 0..15 x 4 values, in pairs (see formats.h)
+//   scales: 16 floats a group of `group` values            value = scale * what the step decodes to
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+constexpr size_t PANEL = 16;
+constexpr size_t STEP = 4;
+// Tokens that one pass over a panel multiplies at most.
+constexpr size_t TILE = 12;
+
+inline size_t round_up(size_t n, size_t m) { return (n + m - 1) / m * m; }
+
+// Memory on a cache line's border that only ever grows; its content is lost when it does.
+template <class T>
+class Buffer {
+ public:
+  T* reserve(size_t count) {
+    if (count > size_) {
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64))));
+      if (!data_) throw std::bad_alloc();
+      size_ = count;
+    }
+    return data_.get();
+  }
+  T* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+enum class Format { f32, bf16, int8, int4, fp8 };
+
+// Bytes of one step of a panel.
+inline size_t step_bytes(Format f) {
+  const size_t values = PANEL * STEP;
+  return f == Format::f32 ? 4 * values : f == Format::bf16 ? 2 * values : f == Format::int4 ? values / 2 : values;
+}
+inline bool is_scaled(Format f) { return f != Format::f32 && f != Format::bf16; }
+
+struct Matrix {
+  Format format = Format::f32;
+  size_t rows = 0, depth = 0;
+  size_t group = 0;  // values that share a scale; 0 without scales
+  Buffer<uint8_t> data;
+  Buffer<float> scales;
+
+  size_t panels() const { return (rows + PANEL - 1) / PANEL; }
+  size_t steps() const { return (depth + STEP - 1) / STEP; }
+  size_t groups() const { return group ? (depth + group - 1) / group : 0; }
+  size_t panel_bytes() const { return steps() * step_bytes(format); }
+  const uint8_t* panel(size_t p) const { return data.data() + p * panel_bytes(); }
+  const float* scale(size_t p) const { return group ? scales.data() + p * groups() * PANEL : nullptr; }
+  size_t bytes() const { return panels() * (panel_bytes() + groups() * PANEL * sizeof(float)); }
+};
+
+// Tokens of one product, rounded to what the matrix is multiplied with (float for f32, else bfloat16) and laid out in
+// tiles of up to TILE tokens: [depth / 2][tokens of the tile][2]. A tile may be padded with zeros to a width that the
+// kernels know.
+inline size_t tile_width(size_t tokens) {
+  for (size_t width : {1, 2, 4, 8}) {
+    if (tokens <= width) return width;
+  }
+  return TILE;
+}
+inline size_t num_tiles(size_t tokens) { return (tokens + TILE - 1) / TILE; }
+// Values of all tiles of that many tokens.
+inline size_t tiled_size(size_t tokens, size_t depth) {
+  const size_t whole = tokens / TILE, rest = tokens % TILE;
+  return (whole * TILE + (rest ? tile_width(rest) : 0)) * round_up(depth, STEP);
+}

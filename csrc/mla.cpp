@@ -1,0 +1,175 @@
+// Absorbed multi-head latent attention over selected cache rows, a few heads of one token at a time.
+//
+// A row is padded with zeros to a multiple of ROW_PAD values. Scores, softmax, then the weighted sum of the rows' first
+// C values; rows in the order of their ids.
+#include <algorithm>
+
+#include "matrix.h"
+#include "simd.h"
+#include "table.h"
+
+namespace NS {
+namespace {
+
+constexpr size_t ROWS = 4;  // rows scored together
+
+// What differs between pools of float and of bfloat16: 32 values of a row against 32 of a query, and of two rows.
+struct Float {
+  using Value = float;
+  static void dot(F16& sum, const float* row, const float* q) {
+    sum.fma(F16::load(row), F16::load(q));
+    sum.fma(F16::load(row + LANES), F16::load(q + LANES));
+  }
+  struct Two {
+    F16 a[2], b[2];
+    Two(const float* x, const float* y)
+        : a{F16::load(x), F16::load(x + LANES)}, b{F16::load(y), F16::load(y + LANES)} {}
+    void add(F16& low, F16& high, const float* p) const {
+      const F16 first = F16::all(p[0]), second = F16::all(p[1]);
+      low.fma(a[0], first);
+      high.fma(a[1], first);
+      low.fma(b[0], second);
+      high.fma(b[1], second);
+    }
+  };
+  static void store(F16 low, F16 high, float* out) {
+    low.store(out);
+    high.store(out + LANES);
+  }
+};
+
+struct Half {
+  using Value = bf16;
+  static void dot(F16& sum, const bf16* row, const bf16* q) { Pairs::dot(sum, Pairs::load(row), Pairs::load(q)); }
+  struct Two {
+    Pairs low, high;
+    Two(const bf16* x, const bf16* y) { Pairs::interleave(x, y, low, high); }
+    void add(F16& l, F16& h, const bf16* p) const {
+      const Pairs both = Pairs::all(p);
+      Pairs::dot(l, low, both);
+      Pairs::dot(h, high, both);
+    }
+  };
+  static void store(F16 low, F16 high, float* out) { Pairs::store_interleaved(low, high, out); }
+};
+
+// scores[h][i] = scale * q[h] . row(ids[i]) for count rounded up to ROWS; the last row stands in for missing ones.
+template <class E, int H>
+void score(const MlaArgs& a, const typename E::Value* q, float* scores, size_t padded) {
+  const auto* pool = static_cast<const typename E::Value*>(a.rows);
+  for (size_t i = 0; i < a.count; i += ROWS) {
+    const typename E::Value* row[ROWS];
+    for (size_t r = 0; r < ROWS; ++r) row[r] = pool + a.ids[std::min(i + r, a.count - 1)] * a.row_stride;
+    if (i + 2 * ROWS < a.count) {
+      for (size_t r = 0; r < ROWS; ++r) {
+        const auto* next = reinterpret_cast<const char*>(pool + a.ids[std::min(i + ROWS + r, a.count - 1)] * a.row_stride);
+        for (size_t line = 0; line < a.row_stride * sizeof(typename E::Value); line += 64) __builtin_prefetch(next + line);
+      }
+    }
+    F16 acc[H][ROWS];
+    for (auto& of_head : acc) {
+      for (F16& s : of_head) s = F16::zero();
+    }
+    for (size_t z = 0; z < a.row_stride; z += ROW_PAD) {
+      for (int h = 0; h < H; ++h) {
+        for (size_t r = 0; r < ROWS; ++r) E::dot(acc[h][r], row[r] + z, q + h * a.row_stride + z);
+      }
+    }
+    for (int h = 0; h < H; ++h) {
+      for (size_t r = 0; r < ROWS; ++r) scores[h * padded + i + r] = sum(acc[h][r]) * a.scale;
+    }
+  }
+}
+
+// Probabilities as the rows' own type and, as the last step, what to multiply the sums with.
+template <class E>
+float softmax(float* s, size_t count, size_t padded, typename E::Value* p) {
+  float largest = s[0];
+  for (size_t i = 1; i < count; ++i) largest = s[i] > largest ? s[i] : largest;
+  float lanes[LANES] = {};
+  for (size_t i = 0; i < padded; ++i) {
+    narrow(i < count ? exp_fast(s[i] - largest) : 0.0f, p[i]);
+    lanes[i % LANES] += widen(p[i]);
+  }
+  return 1.0f / sum(F16::load(lanes));
+}
+
+template <class E, int H>
+void gather(const MlaArgs& a, const typename E::Value* p, size_t padded, const float* inverse, float* out) {
+  const auto* pool = static_cast<const typename E::Value*>(a.rows);
+  constexpr int BLOCKS = 2;  // of 32 values
+  const size_t width = round_up(a.latent, ROW_PAD);
+  for (size_t c = 0; c < width; c += BLOCKS * ROW_PAD) {
+    const int blocks = c + ROW_PAD < width ? BLOCKS : 1;
+    F16 acc[H][BLOCKS][2];
+    for (auto& of_head : acc) {
+      for (auto& of_block : of_head) of_block[0] = of_block[1] = F16::zero();
+    }
+    for (size_t i = 0; i < a.count; i += 2) {
+      const auto* x = pool + a.ids[i] * a.row_stride + c;
+      const auto* y = pool + a.ids[std::min(i + 1, a.count - 1)] * a.row_stride + c;
+      for (int b = 0; b < blocks; ++b) {
+        const typename E::Two two(x + b * ROW_PAD, y + b * ROW_PAD);
+        for (int h = 0; h < H; ++h) two.add(acc[h][b][0], acc[h][b][1], p + h * padded + i);
+      }
+    }
+    for (int h = 0; h < H; ++h) {
+      for (int b = 0; b < blocks; ++b) {
+        float values[ROW_PAD];
+        E::store(acc[h][b][0] * F16::all(inverse[h]), acc[h][b][1] * F16::all(inverse[h]), values);
+        const size_t at = c + b * ROW_PAD;
+        std::memcpy(out + h * a.latent + at, values, std::min(ROW_PAD, a.latent - at) * sizeof(float));
+      }
+    }
+  }
+}
+
+template <class E, int H>
+void attend_heads(const MlaArgs& a, size_t first, float* out) {
+  using Value = typename E::Value;
+  static thread_local Buffer<Value> queries, probabilities;
+  static thread_local Buffer<float> scratch;
+  const size_t padded = round_up(a.count, LANES);
+  Value* q = queries.reserve(H * a.row_stride);
+  for (int h = 0; h < H; ++h) {
+    for (size_t z = 0; z < a.row_stride; ++z) {
+      const float value = z < a.latent ? a.q_latent[(first + h) * a.latent + z]
+                          : z < a.latent + a.rotary ? a.q_rope[(first + h) * a.rope_stride + z - a.latent] : 0.0f;
+      narrow(value, q[h * a.row_stride + z]);
+    }
+  }
+  float* scores = scratch.reserve(H * padded);
+  Value* p = probabilities.reserve(H * padded);
+  score<E, H>(a, q, scores, padded);
+  float inverse[H];
+  for (int h = 0; h < H; ++h) inverse[h] = softmax<E>(scores + h * padded, a.count, padded, p + h * padded);
+  gather<E, H>(a, p, padded, inverse, out + first * a.latent);
+}
+
+template <class E>
+void attend_as(const MlaArgs& a, size_t begin, size_t end, float* out) {
+  size_t h = begin;
+  for (; h + 4 <= end; h += 4) attend_heads<E, 4>(a, h, out);
+  for (; h + 2 <= end; h += 2) attend_heads<E, 2>(a, h, out);
+  for (; h < end; ++h) attend_heads<E, 1>(a, h, out);
+}
+
+void attend(const MlaArgs& a, size_t begin, size_t end, float* out) {
+  if (a.as_float) attend_as<Float>(a, begin, end, out);
+  else attend_as<Half>(a, begin, end, out);
+}
+
+void write_row(const float* x, size_t n, size_t stride, bool as_float, void* pool, size_t row) {
+  for (size_t i = 0; i < stride; ++i) {
+    const float value = i < n ? x[i] : 0.0f;
+    if (as_float) static_cast<float*>(pool)[row * stride + i] = value;
+    else narrow(value, static_cast<bf16*>(pool)[row * stride + i]);
+  }
+}
+
+}  // namespace
+
+extern const Mla mla;
+const Mla mla = {attend, write_row};
+
+}  // namespace NS

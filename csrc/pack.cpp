@@ -1,0 +1,69 @@
+// From rows as a checkpoint holds them to panels.
+#include "pack.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "pool.h"
+
+namespace {
+
+// Where row r, value k stands in its step: pairs (0, 1) of all rows, then pairs (2, 3); single values for f32.
+size_t place(Format f, size_t r, size_t k) {
+  return f == Format::f32 ? k * PANEL + r : k / 2 * 2 * PANEL + 2 * r + k % 2;
+}
+
+template <class T>
+void pack_panel(const Source& s, Matrix& m, size_t p, uint8_t* out) {
+  std::memset(out, m.format == Format::int4 ? 0x88 : 0, m.panel_bytes());
+  const auto* data = static_cast<const T*>(s.data);
+  for (size_t r = 0; r < PANEL && p * PANEL + r < m.rows; ++r) {
+    const T* row = data + (p * PANEL + r) * m.depth;
+    for (size_t k = 0; k < m.depth; ++k) {
+      uint8_t* step = out + k / STEP * step_bytes(m.format);
+      const size_t at = place(m.format, r, k % STEP);
+      if (m.format == Format::int4) {
+        const int shift = at < 32 ? 0 : 4;
+        uint8_t& byte = step[at % 32];
+        byte = static_cast<uint8_t>((byte & ~(15 << shift)) | ((static_cast<int>(row[k]) + 8) & 15) << shift);
+      } else {
+        reinterpret_cast<T*>(step)[at] = row[k];
+      }
+    }
+  }
+}
+
+void pack_scales(const Source& s, Matrix& m, size_t p) {
+  float* out = m.scales.data() + p * m.groups() * PANEL;
+  for (size_t g = 0; g < m.groups(); ++g) {
+    for (size_t r = 0; r < PANEL; ++r) {
+      const size_t row = p * PANEL + r;
+      out[g * PANEL + r] = row < m.rows ? s.scales[row / s.scale_rows * m.groups() + g] : 0.0f;
+    }
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<Matrix> pack(const Source& s) {
+  auto m = std::make_shared<Matrix>();
+  m->format = s.format;
+  m->rows = s.rows;
+  m->depth = s.depth;
+  m->group = is_scaled(s.format) ? s.group : 0;
+  m->data.reserve(m->panels() * m->panel_bytes());
+  m->scales.reserve(m->panels() * m->groups() * PANEL);
+  pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
+    for (size_t p = begin; p < end; ++p) {
+      uint8_t* out = m->data.data() + p * m->panel_bytes();
+      switch (s.format) {
+        case Format::f32: pack_panel<float>(s, *m, p, out); break;
+        case Format::bf16: pack_panel<uint16_t>(s, *m, p, out); break;
+        case Format::fp8: pack_panel<uint8_t>(s, *m, p, out); break;
+        default: pack_panel<int8_t>(s, *m, p, out);
+      }
+      if (m->group) pack_scales(s, *m, p);
+    }
+  });
+  return m;
+}

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <memory>
+
+#include "matrix.h"
+
+// A matrix by rows: float, bfloat16 (as uint16), int8 (also for int4, -8 to 7) or E4M3 (as uint8), and a scale for each
+// `group` values of each `scale_rows` rows: scales [ceil(rows / scale_rows), ceil(depth / group)].
+struct Source {
+  Format format;
+  const void* data;
+  size_t rows, depth;
+  const float* scales;
+  size_t group, scale_rows;
+  size_t threads;
+};
+
+std::shared_ptr<Matrix> pack(const Source& s);

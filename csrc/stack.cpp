@@ -1,0 +1,350 @@
+#include "stack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "pool.h"
+
+namespace {
+
+constexpr size_t BLOCK = 4;       // panels a unit of work holds
+constexpr size_t HEADS = 4;       // heads a unit of attention holds
+constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
+
+size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
+
+}  // namespace
+
+Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float)
+    : num_rows(rows), row_stride(round_up(d.latent + d.rotary, ROW_PAD)), as_float(as_float), rows_(has_index.size()),
+      keys_(has_index.size()) {
+  const size_t value = as_float ? sizeof(float) : 2;
+  for (size_t i = 0; i < has_index.size(); ++i) {
+    rows_[i].reserve(rows * row_stride * value);
+    if (has_index[i]) keys_[i].reserve(round_up(rows, KEY_BLOCK) * d.index_dim * value);
+  }
+}
+
+size_t Cache::num_bytes() const {
+  size_t total = 0;
+  for (const auto& b : rows_) total += b.size();
+  for (const auto& b : keys_) total += b.size();
+  return total;
+}
+
+void Stack::norm(const Vector& w, const float* x, size_t tokens, float* out) {
+  const size_t n = w.size();
+  pool::each(tokens, 16, threads, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) table_.norm.rms_norm(x + t * n, w.data(), dims_.eps, n, out + t * n);
+  });
+}
+
+const void* Stack::tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to) {
+  float* out = to.reserve(tiled_size(tokens, w.depth));
+  pool::each(num_tiles(tokens), 1, threads, [&](size_t begin, size_t end) {
+    table_.gemm.tile(w.format == Format::f32, x, stride, nullptr, tokens, w.depth, out, begin, end);
+  });
+  return out;
+}
+
+// Several products with the same tokens as one range of work.
+void Stack::products(std::initializer_list<Product> list, size_t tokens) {
+  size_t units = 0;
+  for (const Product& p : list) units += blocks(p.w->panels(), BLOCK);
+  pool::each(units, 1, threads, [&](size_t begin, size_t end) {
+    size_t first = 0;
+    for (const Product& p : list) {
+      const size_t count = blocks(p.w->panels(), BLOCK);
+      const size_t from = std::max(begin, first), to = std::min(end, first + count);
+      if (from < to) {
+        table_.gemm.linear(*p.w, p.x, tokens, p.y, p.stride, (from - first) * BLOCK,
+                           std::min((to - first) * BLOCK, p.w->panels()));
+      }
+      first += count;
+    }
+  });
+}
+
+void Stack::linear(const Matrix& w, const float* x, size_t stride, size_t tokens, float* y, size_t y_stride) {
+  products({{&w, tiled(w, x, stride, tokens, tile_h_), y, y_stride}}, tokens);
+}
+
+// Angles in fp64: position * frequency in fp32 is off by hundredths of a radian near a million.
+void Stack::angles(const Batch& b) {
+  const size_t pairs = dims_.rotary / 2;
+  float *cos = cos_.reserve(b.tokens * pairs), *sin = sin_.reserve(b.tokens * pairs);
+  pool::each(b.tokens, 16, threads, [&](size_t begin, size_t end) {
+    for (size_t i = 0; i < pairs; ++i) {
+      const double frequency = std::pow(dims_.theta, -static_cast<double>(2 * i) / static_cast<double>(dims_.rotary));
+      for (size_t t = begin; t < end; ++t) {
+        cos[t * pairs + i] = static_cast<float>(std::cos(b.positions[t] * frequency));
+        sin[t * pairs + i] = static_cast<float>(std::sin(b.positions[t] * frequency));
+      }
+    }
+  });
+}
+
+void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x) {
+  angles(b);
+  for (size_t i = begin; i < end; ++i) {
+    const Layer& l = layers[i];
+    attention(l, i, b, cache, selection, write, x);
+    norm(l.post_norm, x, b.tokens, h_.reserve(b.tokens * dims_.hidden));
+    if (l.router) sparse(l, b.tokens, x);
+    else dense(l.dense, b.tokens, x);
+  }
+}
+
+void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x) {
+  const size_t T = b.tokens, D = dims_.hidden, H = dims_.heads;
+  float* h = h_.reserve(T * D);
+  norm(l.input_norm, x, T, h);
+  const void* tile = tiled(*l.a, h, D, T, tile_h_);
+  const size_t a_width = l.a->rows, q_width = l.q->rows;
+  float* a = a_.reserve(T * a_width);
+  const bool selects = l.index_weights && write;
+  if (selects) {
+    const void* wide = l.a->format == Format::f32 ? tile : tiled(*l.index_weights, h, D, T, tile_h32_);
+    float* w = index_w_.reserve(T * dims_.index_heads);
+    products({{l.a.get(), tile, a, a_width}, {l.index_weights.get(), wide, w, dims_.index_heads}}, T);
+  } else {
+    products({{l.a.get(), tile, a, a_width}}, T);
+  }
+  latents(l, index, b, cache, write, a_width);
+  products({{l.q.get(), tiled(*l.q, q_latent_.data(), dims_.query_rank, T, tile_q_), q_.reserve(T * q_width), q_width}}, T);
+  queries(l, T, q_width);
+  if (selects) select(index, b, cache, s, q_width);
+  attend(l, index, b, cache, s, q_width);
+  const void* o = tiled(*l.o, o_.data(), H * dims_.value, T, tile_o_);
+  pool::each(blocks(l.o->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
+    table_.gemm.linear_add(*l.o, o, T, nullptr, nullptr, x, D, begin * BLOCK, std::min(end * BLOCK, l.o->panels()));
+  });
+}
+
+// From q_a and kv_a: the normed query latent, the token's row, and its index key.
+void Stack::latents(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, size_t width) {
+  const Dims& d = dims_;
+  float *a = a_.data(), *q = q_latent_.reserve(b.tokens * d.query_rank);
+  const size_t pairs = d.rotary / 2;
+  pool::each(b.tokens, 16, threads, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      float* of_token = a + t * width;
+      const float *cos = cos_.data() + t * pairs, *sin = sin_.data() + t * pairs;
+      table_.norm.rms_norm(of_token, l.q_norm.data(), d.latent_eps, d.query_rank, q + t * d.query_rank);
+      if (!write) continue;
+      float* row = of_token + d.query_rank;
+      table_.norm.rms_norm(row, l.kv_norm.data(), d.latent_eps, d.latent, row);
+      table_.norm.rope(row + d.latent, cos, sin, pairs);
+      const size_t at = static_cast<size_t>(b.rows[t]);
+      table_.mla.write_row(row, d.latent + d.rotary, cache.row_stride, cache.as_float, cache.rows(index), at);
+      if (!l.index_weights) continue;
+      float* key = row + d.latent + d.rotary;
+      table_.norm.layer_norm(key, l.index_norm.data(), l.index_bias.data(), d.index_eps, d.index_dim, key);
+      table_.norm.rope(key, cos, sin, pairs);
+      table_.index.write_key(key, d.index_dim, cache.as_float, cache.keys(index), at);
+    }
+  });
+}
+
+// Rotates the queries' rotary parts, the heads' last and the index heads' first dimensions.
+void Stack::queries(const Layer& l, size_t tokens, size_t width) {
+  const Dims& d = dims_;
+  const size_t pairs = d.rotary / 2, head = d.nope + d.rotary;
+  pool::each(tokens, 16, threads, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      float* q = q_.data() + t * width;
+      const float *cos = cos_.data() + t * pairs, *sin = sin_.data() + t * pairs;
+      for (size_t h = 0; h < d.heads; ++h) table_.norm.rope(q + h * head + d.nope, cos, sin, pairs);
+      if (!l.index_weights) continue;
+      for (size_t x = 0; x < d.index_heads; ++x) {
+        table_.norm.rope(q + d.heads * head + x * d.index_dim, cos, sin, pairs);
+      }
+    }
+  });
+}
+
+void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width) {
+  const Dims& d = dims_;
+  const size_t T = b.tokens, G = top_k;
+  const int32_t longest = *std::max_element(b.positions, b.positions + T) + 1;
+  s.tokens = T;
+  s.width = std::min(G, static_cast<size_t>(longest));
+  int32_t *ids = s.ids.reserve(T * s.width), *counts = s.counts.reserve(T);
+  // Few tokens share each scan among the threads.
+  const size_t splits = T >= 2 * threads ? 1 : threads, room = 2 * G + KEY_BLOCK;
+  uint64_t* best = best_.reserve(T * splits * room);
+  std::vector<size_t> found(T * splits);
+  // relu is homogeneous: both scales, of the dot product and of the heads' weights, may be one.
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d.index_dim * d.index_heads));
+  pool::each(T * splits, 1, threads, [&](size_t begin, size_t end) {
+    static thread_local Buffer<float> tile;
+    for (size_t u = begin; u < end; ++u) {
+      const size_t t = u / splits, part = u % splits, visible = static_cast<size_t>(b.positions[t]) + 1;
+      if (visible <= G) continue;
+      const size_t share = round_up(blocks(visible, splits), KEY_BLOCK);
+      float* q = tile.reserve(tiled_size(d.index_heads, d.index_dim));
+      table_.gemm.tile(cache.as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
+                       d.index_heads, d.index_dim, q, 0, num_tiles(d.index_heads));
+      const IndexArgs args = {cache.as_float, q, index_w_.data() + t * d.index_heads, d.index_heads, d.index_dim,
+                              cache.keys(index), b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width,
+                              b.page_size, G, scale};
+      found[u] = table_.index.scan(args, std::min(part * share, visible), std::min((part + 1) * share, visible),
+                                   best + u * room);
+    }
+  });
+  pool::each(T, 1, threads, [&](size_t begin, size_t end) {
+    std::vector<uint64_t> all;
+    for (size_t t = begin; t < end; ++t) {
+      const size_t visible = static_cast<size_t>(b.positions[t]) + 1, count = std::min(visible, G);
+      const int32_t* table = b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width;
+      int32_t* out = ids + t * s.width;
+      counts[t] = static_cast<int32_t>(count);
+      if (visible > G) {
+        all.clear();
+        for (size_t u = t * splits; u < (t + 1) * splits; ++u) {
+          all.insert(all.end(), best + u * room, best + u * room + found[u]);
+        }
+        std::nth_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(G) - 1, all.end(), std::greater<>());
+        for (size_t i = 0; i < G; ++i) out[i] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(all[i]));
+        std::sort(out, out + G);
+      } else {
+        for (size_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(i);
+      }
+      for (size_t i = 0; i < count; ++i) {
+        const size_t position = static_cast<size_t>(out[i]);
+        out[i] = static_cast<int32_t>(static_cast<size_t>(table[position / b.page_size]) * b.page_size + position % b.page_size);
+      }
+    }
+  });
+}
+
+// Absorbs kv_b_proj into the queries, attends, and brings the latents back to values: o_ [T, H, V].
+void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width) {
+  const Dims& d = dims_;
+  const size_t T = b.tokens, H = d.heads, C = d.latent, head = d.nope + d.rotary;
+  float *absorbed = q_absorbed_.reserve(T * H * C), *latent = o_latent_.reserve(T * H * C), *o = o_.reserve(T * H * d.value);
+  // One product for each head, its tokens tiled by whoever computes it.
+  const auto per_head = [&](const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride, float* y,
+                            size_t y_head) {
+    pool::each(H, 1, threads, [&](size_t begin, size_t end) {
+      static thread_local Buffer<float> tile;
+      for (size_t i = begin; i < end; ++i) {
+        const Matrix& w = *weights[i];
+        float* tiles = tile.reserve(tiled_size(T, w.depth));
+        table_.gemm.tile(w.format == Format::f32, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0, num_tiles(T));
+        table_.gemm.linear(w, tiles, T, y + i * y_head, H * y_head, 0, w.panels());
+      }
+    });
+  };
+  per_head(l.key, q_.data(), head, width, absorbed, C);
+  const size_t per_token = blocks(H, HEADS);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head));
+  pool::each(T * per_token, 1, threads, [&](size_t begin, size_t end) {
+    for (size_t u = begin; u < end; ++u) {
+      const size_t t = u / per_token, first = u % per_token * HEADS;
+      const MlaArgs args = {cache.as_float, cache.rows(index), cache.row_stride, C, d.rotary, head, absorbed + t * H * C,
+                            q_.data() + t * width + d.nope, s.ids.data() + t * s.width,
+                            static_cast<size_t>(s.counts.data()[t]), scale};
+      table_.mla.attend(args, first, std::min(first + HEADS, H), latent + t * H * C);
+    }
+  });
+  per_head(l.value, latent, C, H * C, o, d.value);
+}
+
+// The dense MLP of h_ added to x.
+void Stack::dense(const Expert& e, size_t T, float* x) {
+  const size_t D = dims_.hidden, pairs = e.gate_up->panels() / 2, F = pairs * PANEL;
+  const void* tile = tiled(*e.gate_up, h_.data(), D, T, tile_h_);
+  float* hidden = hidden_.reserve(T * F);
+  pool::each(blocks(pairs, 2), 1, threads, [&](size_t begin, size_t end) {
+    table_.gemm.gated(*e.gate_up, tile, T, hidden, F, begin * 2, std::min(end * 2, pairs));
+  });
+  const void* down = tiled(*e.down, hidden, F, T, tile_hidden_);
+  pool::each(blocks(e.down->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
+    table_.gemm.linear_add(*e.down, down, T, nullptr, nullptr, x, D, begin * BLOCK, std::min(end * BLOCK, e.down->panels()));
+  });
+}
+
+// Routed and shared experts of h_ added to x: the shared one first, then experts upwards, whatever the batch.
+void Stack::sparse(const Layer& l, size_t T, float* x) {
+  const Dims& d = dims_;
+  const size_t D = d.hidden, E = d.experts, K = d.experts_per_token;
+  const float* h = h_.data();
+  float *logits = logits_.reserve(T * E), *weights = weights_.reserve(2 * T * K);
+  products({{l.router.get(), tiled(*l.router, h, D, T, tile_h32_), logits, E}}, T);
+  int32_t* ids = ids_.reserve(2 * T * K);
+  pool::each(T, 16, threads, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      table_.norm.route(logits + t * E, l.router_bias.data(), E, K, d.route_scale, d.normalize_weights, ids + t * K, weights + t * K);
+    }
+  });
+  // Tokens and weights by expert, and the products they make. The shared expert takes every token.
+  struct Item {
+    const Expert* expert;
+    const int32_t* token;
+    const float* weight;
+    size_t tokens, hidden, tile_in, tile_out, F;
+  };
+  std::vector<size_t> count(E + 1, 0);
+  for (size_t i = 0; i < T * K; ++i) ++count[static_cast<size_t>(ids[i]) + 1];
+  for (size_t e = 0; e < E; ++e) count[e + 1] += count[e];
+  int32_t* token = ids + T * K;
+  float* weight = weights + T * K;
+  std::vector<size_t> next(count.begin(), count.end() - 1);
+  for (size_t i = 0; i < T * K; ++i) {
+    const size_t at = next[static_cast<size_t>(ids[i])]++;
+    token[at] = static_cast<int32_t>(i / K);
+    weight[at] = weights[i];
+  }
+  std::vector<Item> items;
+  size_t hidden_size = 0, in_size = 0, out_size = 0;
+  const auto add = [&](const Expert& e, const int32_t* tokens, const float* w, size_t n) {
+    const size_t F = e.gate_up->panels() / 2 * PANEL;
+    items.push_back({&e, tokens, w, n, hidden_size, in_size, out_size, F});
+    hidden_size += n * F;
+    in_size += tiled_size(n, D);
+    out_size += tiled_size(n, e.down->depth);
+  };
+  if (l.dense.gate_up) add(l.dense, nullptr, nullptr, T);
+  for (size_t e = 0; e < E; ++e) {
+    if (count[e + 1] > count[e]) add(l.experts[e], token + count[e], weight + count[e], count[e + 1] - count[e]);
+  }
+  const bool as_float = l.experts[0].gate_up->format == Format::f32;
+  const size_t value = as_float ? sizeof(float) : 2;
+  auto* in = reinterpret_cast<uint8_t*>(tile_h_.reserve(in_size));
+  auto* out = reinterpret_cast<uint8_t*>(tile_hidden_.reserve(out_size));
+  float* hidden = hidden_.reserve(hidden_size);
+  pool::each(items.size(), 1, threads, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const Item& m = items[i];
+      table_.gemm.tile(as_float, h, D, m.token, m.tokens, D, in + m.tile_in * value, 0, num_tiles(m.tokens));
+    }
+  });
+  const size_t per_item = blocks(items.back().F / PANEL, 2);
+  std::vector<size_t> first(items.size() + 1, 0);
+  for (size_t i = 0; i < items.size(); ++i) first[i + 1] = first[i] + blocks(items[i].F / PANEL, 2);
+  pool::each(first.back(), std::max<size_t>(1, per_item / 8), threads, [&](size_t begin, size_t end) {
+    for (size_t i = 0; i < items.size(); ++i) {
+      const size_t from = std::max(begin, first[i]), to = std::min(end, first[i + 1]);
+      if (from >= to) continue;
+      const Item& m = items[i];
+      table_.gemm.gated(*m.expert->gate_up, in + m.tile_in * value, m.tokens, hidden + m.hidden, m.F, 2 * (from - first[i]),
+                        std::min(2 * (to - first[i]), m.F / PANEL));
+    }
+  });
+  pool::each(items.size(), 1, threads, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const Item& m = items[i];
+      table_.gemm.tile(as_float, hidden + m.hidden, m.F, nullptr, m.tokens, m.expert->down->depth, out + m.tile_out * value,
+                       0, num_tiles(m.tokens));
+    }
+  });
+  const size_t panels = items[0].expert->down->panels();
+  pool::each(blocks(panels, BLOCK), 1, threads, [&](size_t begin, size_t end) {
+    for (const Item& m : items) {
+      table_.gemm.linear_add(*m.expert->down, out + m.tile_out * value, m.tokens, m.token, m.weight, x, D, begin * BLOCK,
+                             std::min(end * BLOCK, panels));
+    }
+  });
+}

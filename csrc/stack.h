@@ -1,0 +1,111 @@
+// A whole decoder over packed tokens as one call: every layer's products, attention and experts, without Python between.
+//
+// Knows the architecture and no instruction set: it calls a table of kernels. Sums are taken in one order for each
+// token, so a token's bits depend neither on the others in the batch nor on the threads.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "table.h"
+
+using Weights = std::shared_ptr<Matrix>;
+using Vector = std::vector<float>;
+
+struct Dims {
+  size_t hidden, heads, query_rank, latent, nope, rotary, value;
+  size_t index_heads, index_dim, top_k;
+  size_t experts, experts_per_token;
+  float eps, latent_eps, index_eps, route_scale;
+  bool normalize_weights;
+  double theta;
+};
+
+struct Expert {
+  Weights gate_up, down;  // panels of gate and up alternate
+};
+
+struct Layer {
+  Vector input_norm, post_norm, q_norm, kv_norm;
+  Weights a;                       // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
+  Weights q;                       // rows of q_b_proj and, with an indexer, wq_b
+  std::vector<Weights> key, value;  // of each head: kv_b_proj's key rows transposed [C, A], value rows [V, C]
+  Weights o;
+  Weights index_weights;  // weights_proj; null where the indices of a layer below are shared
+  Vector index_norm, index_bias;
+  Weights router;  // null in a dense layer
+  Vector router_bias;
+  std::vector<Expert> experts;
+  Expert dense;  // the dense MLP or the shared expert
+};
+
+// Rows of every layer, and index keys of those with an indexer. Memory is touched when it is first written.
+class Cache {
+ public:
+  Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float);
+  Cache(const Cache&) = delete;
+  void* rows(size_t layer) { return rows_[layer].data(); }
+  void* keys(size_t layer) { return keys_[layer].data(); }
+  size_t num_bytes() const;
+  const size_t num_rows, row_stride;
+  const bool as_float;
+
+ private:
+  std::vector<Buffer<uint8_t>> rows_, keys_;
+};
+
+// Where the tokens of a forward sit: position, row, sequence; a table of pages for each sequence.
+struct Batch {
+  size_t tokens;
+  const int32_t *positions, *rows, *seqs;
+  const int32_t* tables;
+  size_t table_width, page_size;
+};
+
+// Rows each token attends to: ids [tokens, width], count of each.
+struct Selection {
+  Buffer<int32_t> ids, counts;
+  size_t tokens = 0, width = 0;
+};
+
+class Stack {
+ public:
+  Stack(const Dims& dims, const Table& table, size_t threads)
+      : threads(threads), top_k(dims.top_k), dims_(dims), table_(table) {}
+  std::vector<Layer> layers;
+  size_t threads, top_k;
+  const Dims& dims() const { return dims_; }
+
+  // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the
+  // selection given is used as it stands.
+  void run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x);
+  void norm(const Vector& w, const float* x, size_t tokens, float* out);
+  // y [T, rows of w]
+  void linear(const Matrix& w, const float* x, size_t stride, size_t tokens, float* y, size_t y_stride);
+
+ private:
+  struct Product {
+    const Matrix* w;
+    const void* x;
+    float* y;
+    size_t stride;
+  };
+  void products(std::initializer_list<Product> list, size_t tokens);
+  const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to);
+  void angles(const Batch& b);
+  void attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x);
+  void latents(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, size_t width);
+  void queries(const Layer& l, size_t tokens, size_t width);
+  void select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width);
+  void attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width);
+  void dense(const Expert& e, size_t tokens, float* x);
+  void sparse(const Layer& l, size_t tokens, float* x);
+
+  Dims dims_;
+  const Table& table_;
+  // Scratch, kept between calls.
+  Buffer<float> cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_, weights_;
+  Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
+  Buffer<int32_t> ids_;
+  Buffer<uint64_t> best_;
+};

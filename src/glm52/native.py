@@ -1,0 +1,213 @@
+"""GLM-5.2 for inference on CPUs: the forward of ``model.GLM`` as one native call over packed weights.
+
+The same contract as ``GLM`` (forward, logits, draft) for whoever generates; nothing here can be trained. Weights are
+f32, bf16, int8, int4 or fp8. The residual stream, norms, router and softmax are fp32; what a product multiplies is
+rounded to bf16 unless its weights are f32. The bits of a token depend on its sequence alone: not on the batch, the
+chunk, the drafts or the number of threads.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from glm52 import ops
+from glm52.cache import Spans
+from glm52.config import GLMConfig
+from glm52.model import GLM, INDEX_NORM_EPS, MLP, DecoderLayer, MoE
+from glm52.quant import WeightFormat, quantize
+
+_PANEL = 16  # rows of a panel; see csrc/matrix.h
+
+
+class NativeCache:
+    """Rows and index keys of every layer, inside the extension: bf16, or fp32 for an f32 model."""
+
+    def __init__(self, config: GLMConfig, num_rows: int, *, as_float: bool) -> None:
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        has_index = [i in config.index_layers for i in range(layers)]
+        self.handle = ops.kernels().Cache(_dims(config), has_index, num_rows, as_float)
+        self.num_rows = num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.handle.num_bytes)
+
+
+class NativeGLM:
+    """A model packed from ``GLM``'s weights; the source may be dropped afterwards.
+
+    fmt: the format of the large matrices. Embedding, router, index weights and norms stay as they are; the output head
+    and kv_b_proj, whose rows are split by head, are int8 where fmt is int4 and bf16 where it is fp8.
+    """
+
+    def __init__(self, model: GLM, fmt: WeightFormat, threads: int | None = None) -> None:
+        self.config, self.format = model.config, fmt
+        self._extension = ops.kernels()
+        self._stack = self._extension.Stack(_dims(model.config), threads or torch.get_num_threads())
+        self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16
+        self._soft: WeightFormat = {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)  # type: ignore[assignment]
+        with torch.no_grad():
+            self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype)
+            self._head = self._pack(model.lm_head.weight, self._soft)
+            self._norm = model.model.norm.weight.detach().float()
+            for layer in model.model.layers:
+                assert isinstance(layer, DecoderLayer)
+                self._stack.add_layer(self._layer(layer))
+            self.mtp = model.mtp is not None
+            if model.mtp is not None:
+                self._enorm, self._hnorm = (n.weight.detach().float() for n in (model.mtp.enorm, model.mtp.hnorm))
+                self._shared_norm = cast(Tensor, model.mtp.shared_head["norm"].weight).detach().float()
+                self._eh_proj = self._pack(model.mtp.eh_proj.weight, self._soft)
+
+    @property
+    def index_topk(self) -> int:
+        return int(self._stack.top_k)
+
+    @index_topk.setter
+    def index_topk(self, rows: int) -> None:
+        self._stack.top_k = rows
+
+    @property
+    def threads(self) -> int:
+        return int(self._stack.threads)
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._stack.threads = count
+
+    def new_cache(self, num_rows: int) -> NativeCache:
+        return NativeCache(self.config, num_rows, as_float=self.format == "f32")
+
+    def __call__(self, tokens_T: Tensor, spans: Spans, cache: NativeCache) -> Tensor:
+        """tokens_T int64 -> h_TD fp32, the hidden state after ``model.norm``; the tokens' rows are written."""
+        x_TD = self._embedding[tokens_T].float()
+        self._run(0, self.config.num_hidden_layers, x_TD, spans, cache, self._extension.Selection())
+        return self._normed(self._norm, x_TD)
+
+    def logits(self, h_TD: Tensor) -> Tensor:
+        """[T, W] in fp32."""
+        return self._linear(self._head, h_TD)
+
+    def draft(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, selection: Any = None
+    ) -> tuple[Tensor, Any]:
+        """One step of the MTP layer; see ``GLM.draft``. A selection is indexed by token like the tensor there."""
+        embedded = self._normed(self._enorm, self._embedding[tokens_T].float())
+        x_TD = self._linear(self._eh_proj, torch.cat((embedded, self._normed(self._hnorm, h_TD)), dim=-1))
+        layer = self.config.num_hidden_layers
+        if selection is None:
+            selection = self._extension.Selection()
+            self._run(layer, layer + 1, x_TD, spans, cache, selection)
+        else:
+            where, tables = _where(spans)
+            self._stack.reuse(layer, x_TD, where, tables, spans.page_size, cache.handle, selection)
+        return self._normed(self._shared_norm, x_TD), selection
+
+    def _run(self, begin: int, end: int, x_TD: Tensor, spans: Spans, cache: NativeCache, selection: Any) -> None:
+        where, tables = _where(spans)
+        self._stack.run(begin, end, x_TD, where, tables, spans.page_size, cache.handle, selection)
+
+    def _normed(self, w_D: Tensor, x_TD: Tensor) -> Tensor:
+        out = torch.empty_like(x_TD)
+        self._stack.norm(w_D, x_TD, out)
+        return out
+
+    def _linear(self, w: Any, x_TD: Tensor) -> Tensor:
+        y = torch.empty(len(x_TD), w.rows)
+        self._stack.linear(w, x_TD, y)
+        return y
+
+    # ── packing ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _pack(self, w_ND: Tensor, fmt: WeightFormat | None = None) -> Any:
+        return pack(self._extension, [w_ND], fmt or self.format)
+
+    def _layer(self, layer: DecoderLayer) -> dict[str, Any]:
+        attention, config = layer.self_attn, self.config
+        kv_b = attention.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        nope = config.qk_nope_head_dim
+        index = attention.indexer
+        from_hidden = [attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight]
+        from_query = [attention.q_b_proj.weight]
+        if index is not None:
+            from_hidden.append(index.wk.weight)
+            from_query.append(index.wq_b.weight)
+        out = {
+            "input_norm": layer.input_layernorm.weight.detach().float(),
+            "post_norm": layer.post_attention_layernorm.weight.detach().float(),
+            "q_norm": attention.q_a_layernorm.weight.detach().float(),
+            "kv_norm": attention.kv_a_layernorm.weight.detach().float(),
+            "a": pack(self._extension, from_hidden, self.format),
+            "q": pack(self._extension, from_query, self.format),
+            "key": [self._pack(h[:nope].t(), self._soft) for h in kv_b],
+            "value": [self._pack(h[nope:], self._soft) for h in kv_b],
+            "o": self._pack(attention.o_proj.weight),
+        }
+        if index is not None:
+            out["index_weights"] = self._pack(index.weights_proj.weight, "f32")
+            out["index_norm"] = index.k_norm.weight.detach().float()
+            out["index_bias"] = index.k_norm.bias.detach().float()
+        if isinstance(layer.mlp, MoE):
+            experts = layer.mlp.experts
+            out["router"] = self._pack(layer.mlp.gate.weight, "f32")
+            out["router_bias"] = layer.mlp.gate.e_score_correction_bias.detach().float()
+            out["experts"] = [
+                (self._gate_up(*gate_up.chunk(2)), self._pack(down))
+                for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True)
+            ]
+        mlp = layer.mlp.shared_experts if isinstance(layer.mlp, MoE) else layer.mlp
+        assert isinstance(mlp, MLP)
+        if mlp.down_proj.weight.shape[1]:
+            out["dense"] = (
+                self._gate_up(mlp.gate_proj.weight, mlp.up_proj.weight), self._pack(mlp.down_proj.weight)
+            )  # fmt: skip
+        return out
+
+    def _gate_up(self, gate_FD: Tensor, up_FD: Tensor) -> Any:
+        return pack(self._extension, [gate_FD, up_FD], self.format, alternate=True)
+
+
+def pack(kernels: ModuleType, parts: Sequence[Tensor], fmt: WeightFormat, *, alternate: bool = False) -> Any:
+    """Matrices one below the other, quantised each by itself, as one packed matrix.
+
+    alternate: two of equal shape, panel by panel in turn, each filled up with zero rows to whole panels.
+    """
+    parts = [p.detach() for p in parts]
+    if fmt in ("f32", "bf16"):
+        dtype = torch.float32 if fmt == "f32" else torch.bfloat16
+        data = _join([p.to(dtype) for p in parts], alternate)
+        return kernels.pack(fmt, data, threads=torch.get_num_threads())
+    quantized = [quantize(p, fmt) for p in parts]
+    data = _join([q.data.view(torch.uint8) if fmt == "fp8" else q.data for q in quantized], alternate)
+    scale = _join([q.scale for q in quantized], alternate)
+    return kernels.pack(fmt, data, scale, quantized[0].group, threads=torch.get_num_threads())
+
+
+def _join(parts: list[Tensor], alternate: bool) -> Tensor:
+    if not alternate:
+        return torch.cat(parts).contiguous()
+    rows = -(-len(parts[0]) // _PANEL) * _PANEL
+    padded = [torch.cat((p, p.new_zeros(rows - len(p), p.shape[1]))).view(-1, _PANEL, p.shape[1]) for p in parts]
+    return torch.stack(padded, dim=1).flatten(0, 2)
+
+
+def _dims(config: GLMConfig) -> dict[str, Any]:
+    return {
+        "hidden": config.hidden_size, "heads": config.num_attention_heads, "query_rank": config.q_lora_rank,
+        "latent": config.kv_lora_rank, "nope": config.qk_nope_head_dim, "rotary": config.qk_rope_head_dim,
+        "value": config.v_head_dim, "index_heads": config.index_n_heads, "index_dim": config.index_head_dim,
+        "top_k": config.index_topk, "experts": config.n_routed_experts,
+        "experts_per_token": config.num_experts_per_tok, "eps": config.rms_norm_eps,
+        "latent_eps": config.latent_norm_eps, "index_eps": INDEX_NORM_EPS,
+        "route_scale": config.routed_scaling_factor, "normalize_weights": config.norm_topk_prob,
+        "theta": config.rope_theta,
+    }  # fmt: skip
+
+
+def _where(spans: Spans) -> tuple[Tensor, Tensor]:
+    """int32 [3, T]: position, row and sequence of every token; and the tables of pages."""
+    where = torch.stack((spans.positions_T, spans.row_T, spans.seq_T)).to(torch.int32)
+    return where, spans.tables_SP

@@ -1,0 +1,139 @@
+"""The native stack against the reference model: the same function in every format, the same bits in every batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm52 import ops
+from glm52.cache import Spans
+from glm52.model import GLM
+from glm52.native import NativeGLM
+from glm52.quant import quantize
+from tests.fixtures import random_model, tiny_config
+
+if ops.backend() == "reference":
+    pytest.skip("built without native kernels", allow_module_level=True)
+
+FORMATS = ("f32", "bf16", "int8", "int4", "fp8")
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "wider": {"hidden_size": 64, "num_attention_heads": 5, "qk_nope_head_dim": 20, "qk_rope_head_dim": 8,
+              "kv_lora_rank": 40, "index_n_heads": 13, "index_head_dim": 12, "moe_intermediate_size": 24,
+              "n_routed_experts": 9, "num_experts_per_tok": 3},
+    "no MTP, weights as they are": {"num_nextn_predict_layers": 0, "norm_topk_prob": False, "index_topk": 30},
+}  # fmt: skip
+LENGTH = 150
+
+
+def tokens(count: int = LENGTH) -> Tensor:
+    return torch.randint(0, 60, (count,), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def forward(model: Any, ids: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Logits and hidden states of one sequence, computed ``chunk`` tokens at a time."""
+    cache = model.new_cache(-(-len(ids) // 16) * 16)
+    parts = [model(ids[i : i + chunk], Spans.of_sequence(i, min(i + chunk, len(ids)), 16), cache)
+             for i in range(0, len(ids), chunk)]  # fmt: skip
+    h = torch.cat(parts)
+    return model.logits(h), h
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_f32_is_the_reference(shape: str, seed: int) -> None:
+    """Selections far below the length, so a wrong score or tie would show; 1e-4 as in the comparison with transformers."""
+    model = random_model(tiny_config(**SHAPES[shape]), seed)
+    with torch.inference_mode():
+        expected = model.logits(model(tokens(), Spans.of_documents([LENGTH])))
+    assert (forward(NativeGLM(model, "f32", threads=2), tokens(), 64)[0] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_bits_do_not_depend_on_chunk_or_threads(fmt: str) -> None:
+    model = random_model(tiny_config(index_topk=40))
+    one, two = NativeGLM(model, fmt, threads=1), NativeGLM(model, fmt, threads=2)
+    whole = forward(one, tokens(), LENGTH)[0]
+    for native, chunk in ((two, LENGTH), (one, 1), (two, 1), (two, 7), (one, 32)):
+        assert torch.equal(forward(native, tokens(), chunk)[0], whole)
+
+
+def quantized_reference(model: GLM, fmt: str) -> GLM:
+    """The reference with the weights that the native model holds after quantisation, in fp32."""
+    soft = {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)
+
+    def through(w: Tensor, f: str) -> Tensor:
+        return w.bfloat16().float() if f == "bf16" else quantize(w, f).dequantize()  # type: ignore[arg-type]
+
+    for name, p in model.named_parameters():
+        if p.dim() < 2 or "weights_proj" in name or "mlp.gate.weight" in name:
+            continue
+        if "kv_b_proj" in name:
+            c = model.config
+            heads = p.view(c.num_attention_heads, -1, c.kv_lora_rank)
+            for h in heads:
+                h[: c.qk_nope_head_dim] = through(h[: c.qk_nope_head_dim].t().contiguous(), soft).t()
+                h[c.qk_nope_head_dim :] = through(h[c.qk_nope_head_dim :], soft)
+        elif p.dim() == 3:
+            for expert in p:
+                for half in expert.chunk(2) if "gate_up" in name else (expert,):
+                    half.copy_(through(half, fmt))
+        else:
+            p.copy_(through(p, "bf16" if "embed" in name else soft if "lm_head" in name or "eh_proj" in name else fmt))
+    return model
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:])
+def test_quantized_formats_are_the_reference_of_their_weights(fmt: str) -> None:
+    """Dense attention and every expert, so that no choice flips. What is left is activations rounded to bf16: 2^-9 of each product,
+    about twenty in a row: 0.03 of the deviation in the root mean square; a wrong scale is 0.5."""
+    config = tiny_config(index_topk=1000, num_experts_per_tok=4)
+    native = NativeGLM(random_model(config), fmt, threads=2)  # type: ignore[arg-type]
+    reference = quantized_reference(random_model(config), fmt)
+    got, h = forward(native, tokens(), 64)
+    expected, h_reference = forward(reference, tokens(), 64)
+    assert (got - expected).square().mean().sqrt() < 0.03 * expected.std()
+    with torch.inference_mode():
+        cache, spans = native.new_cache(160), Spans.of_sequence(0, LENGTH, 16)
+        other = reference.new_cache(160)
+        z, _ = native.draft(h, tokens(), spans, cache)
+        z_reference, _ = reference.draft(h_reference, tokens(), spans, other)
+    assert (z - z_reference).square().mean().sqrt() < 0.03 * z_reference.std()
+
+
+def test_drafts_are_the_reference() -> None:
+    """The first step writes rows and selects; later ones reuse the last selection and write nothing."""
+    model = random_model(tiny_config())
+    native = NativeGLM(model, "f32", threads=2)
+    outputs = []
+    for body in (model, native):
+        with torch.inference_mode():
+            cache, ids = body.new_cache(160), tokens(100)
+            h = body(ids, Spans.of_sequence(0, 100, 16), cache)
+            z, selection = body.draft(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache)
+            last = selection[torch.tensor([99])]
+            second, _ = body.draft(z[99:], torch.tensor([5]), Spans.of_sequence(100, 101, 16), cache, last)
+            third, _ = body.draft(second, torch.tensor([9]), Spans.of_sequence(101, 102, 16), cache, last)
+            outputs.append(torch.cat((z, second, third)))
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"rows": 100}, "rows"), ({"page": 8}, "page_size"), ({"row": 160}, "where"), ({"page_id": 10}, "tables"),
+    ({"position": 160}, "tables"), ({"seq": 1}, "where"), ({"x": torch.zeros(4, 31)}, "x"),
+    ({"x": torch.zeros(4, 32, dtype=torch.float64)}, "x"), ({"x": torch.zeros(3, 32)}, "where"), ({"end": 99}, "layers"),
+    ({"begin": 3}, "layers"),
+])  # fmt: skip
+def test_wrong_places_are_value_errors(change: dict[str, Any], named: str) -> None:
+    native = NativeGLM(random_model(tiny_config()), "f32", threads=1)
+    with pytest.raises(ValueError, match=named):
+        cache = native.new_cache(change.get("rows", 160))
+        where = torch.tensor([[0, 1, 2, change.get("position", 3)], [0, 1, 2, change.get("row", 3)],
+                              [0, 0, 0, change.get("seq", 0)]], dtype=torch.int32)  # fmt: skip
+        tables = torch.full((1, 10), change.get("page_id", 0), dtype=torch.int32)
+        native._stack.run(
+            change.get("begin", 0), change.get("end", 7), change.get("x", torch.zeros(4, 32)), where, tables,
+            change.get("page", 16), cache.handle, native._extension.Selection(),
+        )  # fmt: skip
