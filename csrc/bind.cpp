@@ -7,6 +7,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -27,10 +29,10 @@ namespace {
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 
-constexpr Table BASE = {"base", base::gemm, base::norm, base::mla, base::index};
+constexpr Table BASE = {"base", base::gemm, base::norm, base::mla, base::index, base::stream};
 #ifdef GLM52_X86
-constexpr Table AVX2 = {"avx2", avx2::gemm, avx2::norm, avx2::mla, avx2::index};
-constexpr Table AVX512 = {"avx512", avx512::gemm, avx512::norm, avx512::mla, avx512::index};
+constexpr Table AVX2 = {"avx2", avx2::gemm, avx2::norm, avx2::mla, avx2::index, avx2::stream};
+constexpr Table AVX512 = {"avx512", avx512::gemm, avx512::norm, avx512::mla, avx512::index, avx512::stream};
 #endif
 
 std::vector<const Table*> supported() {
@@ -174,6 +176,17 @@ void linear(Array x, const Weights& w, Output y, size_t threads) {
   float* out = floats_out("y", y, {T, w->rows});
   const nb::gil_scoped_release unlocked;
   Stack(Dims{}, *table, threads).linear(*w, in, w->depth, T, out, w->rows);
+}
+
+// Seconds to read a float array once, by all threads.
+double read_seconds(Array data, size_t threads) {
+  const float* p = floats("data", data, {ANY});
+  const size_t n = data.shape(0);
+  std::atomic<float> seen = 0.0f;
+  const nb::gil_scoped_release unlocked;
+  const auto began = std::chrono::steady_clock::now();
+  pool::each(n, 1 << 16, threads, [&](size_t begin, size_t end) { seen.store(table->stream.read(p, begin, end)); });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 }
 
 // ── the stack ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -336,6 +349,8 @@ NB_MODULE(_kernels, m) {
         "[ceil(N / scale_rows), ceil(D / group)] for the last three.");
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), nb::arg("y").noconvert(), nb::arg("threads"),
         "y = x w^T. x f32 [T, D], y f32 [T, N]. x is rounded to bfloat16 unless w is f32; sums are fp32.");
+
+  m.def("read_seconds", &read_seconds, nb::arg("data"), nb::arg("threads"), "Seconds to read a float32 array once.");
 
   nb::class_<Cache>(m, "Cache", "Latent rows and index keys of every layer, float32 or bfloat16.")
       .def("__init__", [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows, bool as_float) {

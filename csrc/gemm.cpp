@@ -135,16 +135,17 @@ void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t strid
 
 template <class T>
 void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out) {
+  static thread_local Buffer<T> scratch;
   const size_t padded = round_up(depth, STEP), width = tile_width(tokens);
-  // Pairs of bfloat16 stay together; single floats stand alone.
-  constexpr size_t together = sizeof(T) == 2 ? 2 : 1;
+  T* row = width == 1 ? out : scratch.reserve(padded);
   for (size_t t = 0; t < width; ++t) {
-    const float* row = t < tokens ? x + (token ? token[t] : t) * stride : nullptr;
-    for (size_t k = 0; k < padded; k += together) {
-      for (size_t i = 0; i < together; ++i) {
-        narrow(row && k + i < depth ? row[k + i] : 0.0f, out[(k * width) + t * together + i]);
-      }
-    }
+    const size_t n = t < tokens ? depth : 0;
+    narrow(x + (token && t < tokens ? token[t] : t) * stride, n, row);
+    std::memset(row + n, 0, (padded - n) * sizeof(T));
+    if (width == 1) return;
+    // Pairs of bfloat16 stay together; single floats stand alone. Either is four bytes.
+    const size_t words = padded * sizeof(T) / 4;
+    for (size_t k = 0; k < words; ++k) std::memcpy(reinterpret_cast<char*>(out) + (k * width + t) * 4, reinterpret_cast<char*>(row) + k * 4, 4);
   }
 }
 

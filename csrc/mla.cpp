@@ -75,9 +75,7 @@ void score(const MlaArgs& a, const typename E::Value* q, float* scores, size_t p
         for (size_t r = 0; r < ROWS; ++r) E::dot(acc[h][r], row[r] + z, q + h * a.row_stride + z);
       }
     }
-    for (int h = 0; h < H; ++h) {
-      for (size_t r = 0; r < ROWS; ++r) scores[h * padded + i + r] = sum(acc[h][r]) * a.scale;
-    }
+    for (int h = 0; h < H; ++h) sum_four(acc[h], a.scale, scores + h * padded + i);
   }
 }
 
@@ -86,12 +84,12 @@ template <class E>
 float softmax(float* s, size_t count, size_t padded, typename E::Value* p) {
   float largest = s[0];
   for (size_t i = 1; i < count; ++i) largest = s[i] > largest ? s[i] : largest;
-  float lanes[LANES] = {};
-  for (size_t i = 0; i < padded; ++i) {
-    narrow(i < count ? exp_fast(s[i] - largest) : 0.0f, p[i]);
-    lanes[i % LANES] += widen(p[i]);
-  }
-  return 1.0f / sum(F16::load(lanes));
+  for (size_t i = 0; i < count; ++i) s[i] = exp_fast(s[i] - largest);
+  for (size_t i = count; i < padded; ++i) s[i] = 0.0f;
+  narrow(s, padded, p);
+  F16 total = F16::zero();
+  for (size_t i = 0; i < padded; i += LANES) total = total + F16::load(p + i);
+  return 1.0f / sum(total);
 }
 
 template <class E, int H>
@@ -132,11 +130,10 @@ void attend_heads(const MlaArgs& a, size_t first, float* out) {
   const size_t padded = round_up(a.count, LANES);
   Value* q = queries.reserve(H * a.row_stride);
   for (int h = 0; h < H; ++h) {
-    for (size_t z = 0; z < a.row_stride; ++z) {
-      const float value = z < a.latent ? a.q_latent[(first + h) * a.latent + z]
-                          : z < a.latent + a.rotary ? a.q_rope[(first + h) * a.rope_stride + z - a.latent] : 0.0f;
-      narrow(value, q[h * a.row_stride + z]);
-    }
+    Value* to = q + h * a.row_stride;
+    narrow(a.q_latent + (first + h) * a.latent, a.latent, to);
+    narrow(a.q_rope + (first + h) * a.rope_stride, a.rotary, to + a.latent);
+    std::memset(to + a.latent + a.rotary, 0, (a.row_stride - a.latent - a.rotary) * sizeof(Value));
   }
   float* scores = scratch.reserve(H * padded);
   Value* p = probabilities.reserve(H * padded);
@@ -160,11 +157,12 @@ void attend(const MlaArgs& a, size_t begin, size_t end, float* out) {
 }
 
 void write_row(const float* x, size_t n, size_t stride, bool as_float, void* pool, size_t row) {
-  for (size_t i = 0; i < stride; ++i) {
-    const float value = i < n ? x[i] : 0.0f;
-    if (as_float) static_cast<float*>(pool)[row * stride + i] = value;
-    else narrow(value, static_cast<bf16*>(pool)[row * stride + i]);
-  }
+  const auto write = [&](auto* to) {
+    narrow(x, n, to);
+    std::memset(to + n, 0, (stride - n) * sizeof(*to));
+  };
+  if (as_float) write(static_cast<float*>(pool) + row * stride);
+  else write(static_cast<bf16*>(pool) + row * stride);
 }
 
 }  // namespace

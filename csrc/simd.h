@@ -221,6 +221,26 @@ inline float sum(const F16& x) {
   return lanes[0];
 }
 
+// The sums of four vectors, each as ``sum`` or, where a set has shuffles for it, in an order of its own.
+inline void sum_four(const F16 (&x)[4], float scale, float* out) {
+#if defined(__AVX512F__)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));
+  const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, _mm_mul_ps(quarter, _mm_set1_ps(scale)));
+#else
+  for (size_t i = 0; i < 4; ++i) out[i] = sum(x[i]) * scale;
+#endif
+}
+
+inline void narrow(const float* x, size_t n, float* out) { std::memcpy(out, x, n * sizeof(float)); }
+inline void narrow(const float* x, size_t n, bf16* out) {
+  for (size_t i = 0; i < n; ++i) narrow(x[i], out[i]);
+}
+
 // e^x within 2 ulp for x in [-87, 88]; below that 0, above it clamped. Branch-free, so that loops over it vectorise.
 inline float exp_fast(float x) {
   const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);

@@ -69,12 +69,18 @@ struct Index {
   void (*write_key)(const float* x, size_t depth, bool as_float, void* pool, size_t row);
 };
 
+struct Stream {
+  // Reads [begin, end) once; the result depends on every value, so that none can be left out.
+  float (*read)(const float* data, size_t begin, size_t end);
+};
+
 struct Table {
   const char* name;
   const Gemm& gemm;
   const Norm& norm;
   const Mla& mla;
   const Index& index;
+  const Stream& stream;
 };
 
 #define GLM52_DECLARE(NS)       \
@@ -83,6 +89,7 @@ struct Table {
   extern const Norm norm;       \
   extern const Mla mla;         \
   extern const Index index;     \
+  extern const Stream stream;   \
   }
 GLM52_DECLARE(base)
 GLM52_DECLARE(avx2)

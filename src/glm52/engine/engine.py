@@ -161,15 +161,16 @@ class Engine:
         """
         size = self.pages.page_size
         widest = max(len(seq.pages) for seq, _, _ in parts)
-        tables = torch.tensor([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], dtype=torch.int32)
-        positions = torch.cat([torch.arange(begin, begin + count) for _, begin, count in parts])
-        seq_T = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([count for _, _, count in parts]))
+        tables = np.array([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], dtype=np.int32)
+        positions = np.concatenate([np.arange(begin, begin + count) for _, begin, count in parts])
+        seqs = np.repeat(np.arange(len(parts)), [count for _, _, count in parts])
+        rows = tables[seqs, np.minimum(positions // size, widest - 1)].astype(np.int64) * size + positions % size
         lengths = [begin + count for _, begin, count in parts]
         return Spans(
-            positions_T=positions,
-            seq_T=seq_T,
-            row_T=tables[seq_T, (positions // size).clamp(max=widest - 1)].to(torch.int64) * size + positions % size,
-            tables_SP=tables,
+            positions_T=torch.from_numpy(positions),
+            seq_T=torch.from_numpy(seqs),
+            row_T=torch.from_numpy(rows),
+            tables_SP=torch.from_numpy(tables),
             lengths_S=torch.tensor(lengths),
             max_length=max(lengths),
             page_size=size,

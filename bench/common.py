@@ -1,0 +1,45 @@
+"""What every benchmark prints first and last: the machine's ceilings, and one line of JSON."""
+
+import json
+import platform
+import subprocess
+import time
+from functools import cache
+from typing import Any
+
+import torch
+
+from glm52 import ops
+
+
+@cache
+def _large() -> torch.Tensor:
+    return torch.ones(1 << 28)  # 1 GiB, far beyond any cache
+
+
+def read_bandwidth(threads: int, repeats: int = 3) -> float:
+    """Bytes per second of a plain read by our own thread pool: the best of a few."""
+    data = _large()
+    return data.nbytes / min(ops.kernels().read_seconds(data, threads) for _ in range(repeats))
+
+
+def matmul_peak(threads: int, size: int = 2048, repeats: int = 4) -> float:
+    """bf16 FLOP/s of torch's own matrix product: the best of a few."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def finish(results: dict[str, Any]) -> None:
+    """The last line: what was measured, on what."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout)
+    with open("/proc/cpuinfo") as f:
+        cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    print(json.dumps({"commit": commit, "dirty": dirty, "cpu": cpu, "isa": ops.backend(), "torch": torch.__version__}
+                     | results))  # fmt: skip
