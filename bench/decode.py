@@ -1,6 +1,6 @@
 """Decode speed of one sequence, against the memory it must read: every format, one and two threads, several contexts.
 
-    python bench/decode.py MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--steps 32]
+    python -m bench.decode MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--steps 32]
 
 The bound of a token: bytes of the weights it multiplies (its own experts only), of the rows it attends to and of the index
 keys it scores, over the read bandwidth measured in the same run, between the timed steps.

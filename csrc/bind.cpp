@@ -41,7 +41,8 @@ std::vector<const Table*> supported() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     tables.push_back(&AVX2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")) {
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vbmi")) {
       tables.push_back(&AVX512);
     }
   }
@@ -215,6 +216,33 @@ Expert read_expert(const nb::handle& pair, size_t hidden) {
   return {gate_up, down};
 }
 
+void require_one_kind(const std::vector<Expert>& experts) {
+  const auto is_float = [](const Weights& w) { return w->format == Format::f32; };
+  for (const Expert& e : experts) {
+    if (is_float(e.gate_up) != is_float(experts[0].gate_up) || is_float(e.down) != is_float(experts[0].gate_up)) {
+      refuse("experts: f32 and other formats cannot be mixed in one layer");
+    }
+  }
+}
+
+void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Output y, size_t threads) {
+  const float* h = floats("x", x, {ANY, ANY});
+  const size_t T = x.shape(0), D = x.shape(1);
+  const int32_t* chosen = integers("ids", ids, {T, ANY});
+  const size_t K = ids.shape(1);
+  const float* w = floats("weights", weights, {T, K});
+  float* out = floats_out("y", y, {T, D});
+  std::vector<Expert> all;
+  for (const nb::handle pair : experts) all.push_back(read_expert(pair, D));
+  require_one_kind(all);
+  for (size_t i = 0; i < T * K; ++i) {
+    if (chosen[i] < 0 || static_cast<size_t>(chosen[i]) >= all.size()) refuse("ids: expected 0 to " + std::to_string(all.size() - 1));
+  }
+  if (!T || !K) return;
+  const nb::gil_scoped_release unlocked;
+  Stack(Dims{}, *table, threads).experts(all, Expert{}, T, K, chosen, w, h, out);
+}
+
 void add_layer(Stack& s, const nb::dict& l) {
   const Dims& d = s.dims();
   const auto vec = [&](const char* key, size_t n) { return vector_of(key, nb::cast<Array>(l[key]), n); };
@@ -248,11 +276,9 @@ void add_layer(Stack& s, const nb::dict& l) {
     out.router_bias = vec("router_bias", d.experts);
     for (const nb::handle pair : nb::cast<nb::list>(l["experts"])) out.experts.push_back(read_expert(pair, d.hidden));
     if (out.experts.size() != d.experts) refuse("experts: expected " + std::to_string(d.experts));
-    const Format f = out.experts[0].gate_up->format;
-    for (const Expert& e : out.experts) {
-      if ((e.gate_up->format == Format::f32) != (f == Format::f32) || (e.down->format == Format::f32) != (f == Format::f32)) {
-        refuse("experts: f32 and other formats cannot be mixed in one layer");
-      }
+    require_one_kind(out.experts);
+    if (out.dense.gate_up && (out.dense.gate_up->format == Format::f32) != (out.experts[0].gate_up->format == Format::f32)) {
+      refuse("dense: the shared expert's format does not go with the experts'");
     }
   } else if (!out.dense.gate_up) {
     refuse("layer: expected a dense MLP or a router with experts");
@@ -350,6 +376,10 @@ NB_MODULE(_kernels, m) {
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), nb::arg("y").noconvert(), nb::arg("threads"),
         "y = x w^T. x f32 [T, D], y f32 [T, N]. x is rounded to bfloat16 unless w is f32; sums are fp32.");
 
+  m.def("expert_ffn", &expert_ffn, nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("experts"),
+        nb::arg("y").noconvert(), nb::arg("threads"),
+        "y += the weighted SwiGLUs of each token's experts. x, y f32 [T, D], ids i32 and weights f32 [T, K]; experts are "
+        "pairs (gate and up in alternating panels, down). Experts are added in rising order.");
   m.def("read_seconds", &read_seconds, nb::arg("data"), nb::arg("threads"), "Seconds to read a float32 array once.");
 
   nb::class_<Cache>(m, "Cache", "Latent rows and index keys of every layer, float32 or bfloat16.")

@@ -3,6 +3,8 @@
 // Integers up to 8 bits and E4M3 are exact in bfloat16; their scale is applied to the sum of a group.
 #pragma once
 
+#include <bit>
+
 #include "matrix.h"
 #include "simd.h"
 
@@ -36,34 +38,56 @@ inline Step decode(Decode value) {
   return {{Pairs::load(out), Pairs::load(out + 2 * LANES)}};
 }
 
-// E4M3 without infinities; the two NaN codes decode to 480, which no valid checkpoint holds.
-inline float widen_e4m3(uint8_t x) {
-  const int exponent = x >> 3 & 15, mantissa = x & 7;
-  const float magnitude = exponent ? std::ldexp(1.0f + static_cast<float>(mantissa) / 8.0f, exponent - 7)
-                                   : std::ldexp(static_cast<float>(mantissa), -9);
-  return x & 128 ? -magnitude : magnitude;
+// Codes of a sign and seven bits that stand for a magnitude.
+constexpr float int8_magnitude(unsigned code) { return static_cast<float>(code); }
+// E4M3 without infinities; the NaN code decodes to 480, which no valid checkpoint holds.
+constexpr float e4m3_magnitude(unsigned code) {
+  const unsigned exponent = code >> 3, mantissa = code & 7;
+  float x = exponent ? 1.0f + static_cast<float>(mantissa) / 8.0f : static_cast<float>(mantissa) / 8.0f;
+  for (unsigned e = exponent ? exponent : 1; e < 7; ++e) x *= 0.5f;
+  for (unsigned e = 7; e < exponent; ++e) x *= 2.0f;
+  return x;
 }
 
-// 64 bytes: the values in the order of the pairs.
-struct INT8 {
+// A format of one byte a value, 64 bytes a step, placed as ``byte_place`` says. With AVX-512 both halves of the
+// bfloat16 are looked up, 64 at a time.
+template <float (*magnitude)(unsigned), Format FORMAT>
+struct Bytes {
   using Activation = bf16;
-  static constexpr Format format = Format::int8;
+  static constexpr Format format = FORMAT;
   static constexpr size_t bytes = 64;
   static constexpr bool scaled = true;
-#if defined(__AVX512F__)
-  static Pairs half(const uint8_t* p) {
-    const auto wide = [](const uint8_t* q) {
-      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
-    };
-    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(wide(p + 16), wide(p)))};
+#if defined(__AVX512VBMI__)
+  struct Codes {
+    alignas(64) uint8_t low[128], high[128];
+    constexpr Codes() : low(), high() {
+      for (unsigned c = 0; c < 128; ++c) {
+        const auto bits = std::bit_cast<uint32_t>(magnitude(c));
+        low[c] = static_cast<uint8_t>(bits >> 16);
+        high[c] = static_cast<uint8_t>(bits >> 24);
+      }
+    }
+  };
+  static constexpr Codes codes = {};
+  static Step load(const uint8_t* p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(codes.low), x, _mm512_load_si512(codes.low + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(codes.high), x, _mm512_load_si512(codes.high + 64));
+    const __m512i with_sign = _mm512_ternarylogic_epi64(high, x, _mm512_set1_epi8(-128), 0xf8);  // high | (x & 0x80)
+    return {{{_mm512_unpacklo_epi8(low, with_sign)}, {_mm512_unpackhi_epi8(low, with_sign)}}};
   }
-  static Step load(const uint8_t* p) { return {{half(p), half(p + 32)}}; }
 #else
   static Step load(const uint8_t* p) {
-    return decode([&](size_t i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+    return decode([&](size_t i) {
+      const uint8_t code = p[byte_place(i)];
+      return code & 128 ? -magnitude(code & 127) : magnitude(code);
+    });
   }
 #endif
 };
+
+using INT8 = Bytes<int8_magnitude, Format::int8>;
+using FP8 = Bytes<e4m3_magnitude, Format::fp8>;
 
 // 32 bytes: byte i holds value i in its low and value i + 32 in its high half, both plus 8.
 struct INT4 {
@@ -85,32 +109,6 @@ struct INT4 {
 #else
   static Step load(const uint8_t* p) {
     return decode([&](size_t i) { return static_cast<float>((p[i % 32] >> (i < 32 ? 0 : 4) & 15) - 8); });
-  }
-#endif
-};
-
-// 64 bytes of E4M3, in the order of the pairs.
-struct FP8 {
-  using Activation = bf16;
-  static constexpr Format format = Format::fp8;
-  static constexpr size_t bytes = 64;
-  static constexpr bool scaled = true;
-#if defined(__AVX512F__)
-  // Sign, exponent and mantissa moved into a half float are the value over 2^8, subnormal ones included.
-  static Pairs half(const uint8_t* p) {
-    const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
-    const __m512i rest = _mm512_and_si512(_mm512_slli_epi16(x, 7), _mm512_set1_epi16(0x3f80));
-    const __m512i h = _mm512_or_si512(sign, rest);
-    const __m512 scale = _mm512_set1_ps(256.0f);
-    const __m512 low = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(h)), scale);
-    const __m512 high = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)), scale);
-    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))};
-  }
-  static Step load(const uint8_t* p) { return {{half(p), half(p + 32)}}; }
-#else
-  static Step load(const uint8_t* p) {
-    return decode([&](size_t i) { return widen_e4m3(p[i]); });
   }
 #endif
 };

@@ -35,13 +35,13 @@ void block(const Matrix& w, const uint8_t* const* panels, size_t first, size_t c
 template <class F>
 void block_of_width(const Matrix& w, const uint8_t* const* panels, size_t first, size_t count, size_t width,
                     const typename F::Activation* x, float* out) {
-  // As many accumulators as registers hold.
+  // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
   switch (width) {
     case 1: return block<F, 4, 1>(w, panels, first, count, x, out);
     case 2: return block<F, 4, 2>(w, panels, first, count, x, out);
-    case 4: return block<F, F::scaled ? 2 : 4, 4>(w, panels, first, count, x, out);
-    case 8: return block<F, F::scaled ? 1 : 2, 8>(w, panels, first, count, x, out);
-    default: return block<F, F::scaled ? 1 : 2, TILE>(w, panels, first, count, x, out);
+    case 4: return block<F, 4, 4>(w, panels, first, count, x, out);
+    case 8: return block<F, 2, 8>(w, panels, first, count, x, out);
+    default: return block<F, 2, TILE>(w, panels, first, count, x, out);
   }
 }
 

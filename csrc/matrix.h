@@ -46,6 +46,11 @@ class Buffer {
 
 enum class Format { f32, bf16, int8, int4, fp8 };
 
+// Where value i of a step (in the order of the pairs) lies among the bytes of int8 and fp8: eight values of the first
+// pairs, eight of the second, and so on, so that unpacking needs no shuffle between quarters. int8 keeps sign and
+// magnitude.
+constexpr size_t byte_place(size_t i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
+
 // Bytes of one step of a panel.
 inline size_t step_bytes(Format f) {
   const size_t values = PANEL * STEP;

@@ -26,6 +26,11 @@ void pack_panel(const Source& s, Matrix& m, size_t p, uint8_t* out) {
         const int shift = at < 32 ? 0 : 4;
         uint8_t& byte = step[at % 32];
         byte = static_cast<uint8_t>((byte & ~(15 << shift)) | ((static_cast<int>(row[k]) + 8) & 15) << shift);
+      } else if (m.format == Format::int8) {
+        const int value = static_cast<int>(row[k]);
+        step[byte_place(at)] = static_cast<uint8_t>(value < 0 ? 128 - value : value);
+      } else if (m.format == Format::fp8) {
+        step[byte_place(at)] = static_cast<uint8_t>(row[k]);
       } else {
         reinterpret_cast<T*>(step)[at] = row[k];
       }

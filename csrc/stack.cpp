@@ -266,84 +266,91 @@ void Stack::dense(const Expert& e, size_t T, float* x) {
   });
 }
 
-// Routed and shared experts of h_ added to x: the shared one first, then experts upwards, whatever the batch.
 void Stack::sparse(const Layer& l, size_t T, float* x) {
   const Dims& d = dims_;
-  const size_t D = d.hidden, E = d.experts, K = d.experts_per_token;
-  const float* h = h_.data();
-  float *logits = logits_.reserve(T * E), *weights = weights_.reserve(2 * T * K);
-  products({{l.router.get(), tiled(*l.router, h, D, T, tile_h32_), logits, E}}, T);
-  int32_t* ids = ids_.reserve(2 * T * K);
+  const size_t E = d.experts, K = d.experts_per_token;
+  float *logits = logits_.reserve(T * E), *weights = weights_.reserve(T * K);
+  products({{l.router.get(), tiled(*l.router, h_.data(), d.hidden, T, tile_h32_), logits, E}}, T);
+  int32_t* ids = ids_.reserve(T * K);
   pool::each(T, 16, threads, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      table_.norm.route(logits + t * E, l.router_bias.data(), E, K, d.route_scale, d.normalize_weights, ids + t * K, weights + t * K);
+      table_.norm.route(logits + t * E, l.router_bias.data(), E, K, d.route_scale, d.normalize_weights, ids + t * K,
+                        weights + t * K);
     }
   });
-  // Tokens and weights by expert, and the products they make. The shared expert takes every token.
-  struct Item {
-    const Expert* expert;
-    const int32_t* token;
-    const float* weight;
-    size_t tokens, hidden, tile_in, tile_out, F;
-  };
-  std::vector<size_t> count(E + 1, 0);
-  for (size_t i = 0; i < T * K; ++i) ++count[static_cast<size_t>(ids[i]) + 1];
-  for (size_t e = 0; e < E; ++e) count[e + 1] += count[e];
-  int32_t* token = ids + T * K;
-  float* weight = weights + T * K;
-  std::vector<size_t> next(count.begin(), count.end() - 1);
+  experts(l.experts, l.dense, T, K, ids, weights, h_.data(), x);
+}
+
+// The work of each expert that has any: its tokens, their weights, and where its activations lie. The shared expert
+// takes every token and comes first, then experts upwards: the order in which they are added, whatever the batch.
+void Stack::group(const std::vector<Expert>& all, const Expert& shared, size_t T, size_t K, const int32_t* ids,
+                  const float* weights) {
+  const size_t E = all.size();
+  std::vector<size_t>& first = first_;
+  first.assign(E + 1, 0);
+  for (size_t i = 0; i < T * K; ++i) ++first[static_cast<size_t>(ids[i]) + 1];
+  for (size_t e = 0; e < E; ++e) first[e + 1] += first[e];
+  int32_t* token = sorted_tokens_.reserve(T * K);
+  float* weight = sorted_weights_.reserve(T * K);
+  next_.assign(first.begin(), first.end() - 1);
   for (size_t i = 0; i < T * K; ++i) {
-    const size_t at = next[static_cast<size_t>(ids[i])]++;
+    const size_t at = next_[static_cast<size_t>(ids[i])]++;
     token[at] = static_cast<int32_t>(i / K);
     weight[at] = weights[i];
   }
-  std::vector<Item> items;
-  size_t hidden_size = 0, in_size = 0, out_size = 0;
+  items_.clear();
+  size_t hidden = 0, in = 0, out = 0, blocks_before = 0;
   const auto add = [&](const Expert& e, const int32_t* tokens, const float* w, size_t n) {
     const size_t F = e.gate_up->panels() / 2 * PANEL;
-    items.push_back({&e, tokens, w, n, hidden_size, in_size, out_size, F});
-    hidden_size += n * F;
-    in_size += tiled_size(n, D);
-    out_size += tiled_size(n, e.down->depth);
+    items_.push_back({&e, tokens, w, n, F, hidden, in, out, blocks_before});
+    hidden += n * F;
+    in += tiled_size(n, e.gate_up->depth);
+    out += tiled_size(n, e.down->depth);
+    blocks_before += blocks(F / PANEL, 2);
   };
-  if (l.dense.gate_up) add(l.dense, nullptr, nullptr, T);
+  if (shared.gate_up) add(shared, nullptr, nullptr, T);
   for (size_t e = 0; e < E; ++e) {
-    if (count[e + 1] > count[e]) add(l.experts[e], token + count[e], weight + count[e], count[e + 1] - count[e]);
+    if (first[e + 1] > first[e]) add(all[e], token + first[e], weight + first[e], first[e + 1] - first[e]);
   }
-  const bool as_float = l.experts[0].gate_up->format == Format::f32;
+  items_.push_back({nullptr, nullptr, nullptr, 0, 0, hidden, in, out, blocks_before});  // the totals
+}
+
+// Experts of h [T, D], weighted, added to x [T, D].
+void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t T, size_t K, const int32_t* ids,
+                    const float* weights, const float* h, float* x) {
+  group(all, shared, T, K, ids, weights);
+  const size_t count = items_.size() - 1, D = items_[0].expert->gate_up->depth;
+  const bool as_float = items_[0].expert->gate_up->format == Format::f32;
   const size_t value = as_float ? sizeof(float) : 2;
-  auto* in = reinterpret_cast<uint8_t*>(tile_h_.reserve(in_size));
-  auto* out = reinterpret_cast<uint8_t*>(tile_hidden_.reserve(out_size));
-  float* hidden = hidden_.reserve(hidden_size);
-  pool::each(items.size(), 1, threads, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      const Item& m = items[i];
-      table_.gemm.tile(as_float, h, D, m.token, m.tokens, D, in + m.tile_in * value, 0, num_tiles(m.tokens));
-    }
+  auto* in = reinterpret_cast<uint8_t*>(tile_h_.reserve(items_.back().in));
+  auto* out = reinterpret_cast<uint8_t*>(tile_hidden_.reserve(items_.back().out));
+  float* hidden = hidden_.reserve(items_.back().hidden);
+  const auto each_item = [&](auto work) {
+    pool::each(count, 1, threads, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) work(items_[i]);
+    });
+  };
+  each_item([&](const Item& m) {
+    table_.gemm.tile(as_float, h, D, m.token, m.tokens, D, in + m.in * value, 0, num_tiles(m.tokens));
   });
-  const size_t per_item = blocks(items.back().F / PANEL, 2);
-  std::vector<size_t> first(items.size() + 1, 0);
-  for (size_t i = 0; i < items.size(); ++i) first[i + 1] = first[i] + blocks(items[i].F / PANEL, 2);
-  pool::each(first.back(), std::max<size_t>(1, per_item / 8), threads, [&](size_t begin, size_t end) {
-    for (size_t i = 0; i < items.size(); ++i) {
-      const size_t from = std::max(begin, first[i]), to = std::min(end, first[i + 1]);
+  pool::each(items_.back().first_block, 2, threads, [&](size_t begin, size_t end) {
+    for (size_t i = 0; i < count; ++i) {
+      const Item& m = items_[i];
+      const size_t from = std::max(begin, m.first_block), to = std::min(end, items_[i + 1].first_block);
       if (from >= to) continue;
-      const Item& m = items[i];
-      table_.gemm.gated(*m.expert->gate_up, in + m.tile_in * value, m.tokens, hidden + m.hidden, m.F, 2 * (from - first[i]),
-                        std::min(2 * (to - first[i]), m.F / PANEL));
+      table_.gemm.gated(*m.expert->gate_up, in + m.in * value, m.tokens, hidden + m.hidden, m.F,
+                        2 * (from - m.first_block), std::min(2 * (to - m.first_block), m.F / PANEL));
     }
   });
-  pool::each(items.size(), 1, threads, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      const Item& m = items[i];
-      table_.gemm.tile(as_float, hidden + m.hidden, m.F, nullptr, m.tokens, m.expert->down->depth, out + m.tile_out * value,
-                       0, num_tiles(m.tokens));
-    }
+  each_item([&](const Item& m) {
+    table_.gemm.tile(as_float, hidden + m.hidden, m.F, nullptr, m.tokens, m.expert->down->depth, out + m.out * value, 0,
+                     num_tiles(m.tokens));
   });
-  const size_t panels = items[0].expert->down->panels();
+  const size_t panels = items_[0].expert->down->panels();
   pool::each(blocks(panels, BLOCK), 1, threads, [&](size_t begin, size_t end) {
-    for (const Item& m : items) {
-      table_.gemm.linear_add(*m.expert->down, out + m.tile_out * value, m.tokens, m.token, m.weight, x, D, begin * BLOCK,
+    for (size_t i = 0; i < count; ++i) {
+      const Item& m = items_[i];
+      table_.gemm.linear_add(*m.expert->down, out + m.out * value, m.tokens, m.token, m.weight, x, D, begin * BLOCK,
                              std::min(end * BLOCK, panels));
     }
   });

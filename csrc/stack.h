@@ -82,6 +82,9 @@ class Stack {
   void norm(const Vector& w, const float* x, size_t tokens, float* out);
   // y [T, rows of w]
   void linear(const Matrix& w, const float* x, size_t stride, size_t tokens, float* y, size_t y_stride);
+  // x [T, D] += experts of h [T, D], ids and weights [T, K]; `shared` may be empty
+  void experts(const std::vector<Expert>& all, const Expert& shared, size_t T, size_t K, const int32_t* ids,
+               const float* weights, const float* h, float* x);
 
  private:
   struct Product {
@@ -100,12 +103,24 @@ class Stack {
   void attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width);
   void dense(const Expert& e, size_t tokens, float* x);
   void sparse(const Layer& l, size_t tokens, float* x);
+  void group(const std::vector<Expert>& all, const Expert& shared, size_t T, size_t K, const int32_t* ids,
+             const float* weights);
+  // An expert and its tokens. hidden, in, out: where its activations begin; first_block: where its work does.
+  struct Item {
+    const Expert* expert;
+    const int32_t* token;
+    const float* weight;
+    size_t tokens, F, hidden, in, out, first_block;
+  };
 
   Dims dims_;
   const Table& table_;
   // Scratch, kept between calls.
   Buffer<float> cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_, weights_;
   Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
-  Buffer<int32_t> ids_;
+  Buffer<float> sorted_weights_;
+  Buffer<int32_t> ids_, sorted_tokens_;
+  std::vector<size_t> first_, next_;
+  std::vector<Item> items_;
   Buffer<uint64_t> best_;
 };
