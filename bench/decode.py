@@ -7,6 +7,7 @@ keys it scores, over the read bandwidth measured in the same run, between the ti
 """
 
 import argparse
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -73,6 +74,7 @@ def main() -> None:
         source = load(args.model, dtype=torch.float32 if fmt == "f32" else torch.bfloat16)
         model = NativeGLM(source, fmt, threads=2)
         del source
+        gc.freeze()
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
             model.threads = threads

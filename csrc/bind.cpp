@@ -388,6 +388,16 @@ NB_MODULE(_kernels, m) {
         new (self) Cache(read_dims(dims), has_index, rows, as_float);
       }, nb::arg("dims"), nb::arg("has_index"), nb::arg("rows"), nb::arg("as_float"))
       .def_ro("num_rows", &Cache::num_rows)
+      .def("rows", [](Cache& c, size_t layer) {
+        if (layer >= c.layers()) refuse("layer: expected one of " + std::to_string(c.layers()));
+        const size_t size = c.row_bytes(layer);
+        return nb::ndarray<nb::pytorch, uint8_t>(c.rows(layer), {size});
+      }, nb::arg("layer"), nb::rv_policy::reference_internal, "The bytes of a layer's rows, in place.")
+      .def("keys", [](Cache& c, size_t layer) {
+        if (layer >= c.layers() || !c.key_bytes(layer)) refuse("layer: expected one with an indexer");
+        const size_t size = c.key_bytes(layer);
+        return nb::ndarray<nb::pytorch, uint8_t>(c.keys(layer), {size});
+      }, nb::arg("layer"), nb::rv_policy::reference_internal, "The bytes of a layer's index keys, in panels, in place.")
       .def_prop_ro("num_bytes", &Cache::num_bytes);
   nb::class_<Selection>(m, "Selection", "The rows each token of a forward attends to.")
       .def(nb::init<>())
@@ -398,6 +408,7 @@ NB_MODULE(_kernels, m) {
       }, nb::arg("dims"), nb::arg("threads"))
       .def_rw("threads", &Stack::threads)
       .def_rw("top_k", &Stack::top_k)
+      .def_ro("select_s", &Stack::select_s, "Seconds spent in the indexers' search so far.")
       .def("add_layer", &add_layer)
       .def("run", &run, nb::arg("begin"), nb::arg("end"), nb::arg("x").noconvert(), nb::arg("where"), nb::arg("tables"),
            nb::arg("page_size"), nb::arg("cache"), nb::arg("selection"))

@@ -116,6 +116,7 @@ struct INT4 {
 struct F32 {
   using Activation = float;
   static constexpr Format format = Format::f32;
+  static constexpr size_t bytes = 256;
   static constexpr bool scaled = false;
 };
 

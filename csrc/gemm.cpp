@@ -8,24 +8,23 @@
 namespace NS {
 namespace {
 
-constexpr size_t BLOCK = 4;  // panels that are walked together
-
 // Results of a block of panels for one tile of tokens: [BLOCK][TILE][LANES].
 using Block = float[BLOCK * TILE * LANES];
 
 template <class F, int P, int T>
-void block(const Matrix& w, const uint8_t* const* panels, size_t first, size_t count,
-           const typename F::Activation* x, float* out) {
+void block(const Matrix& w, const uint8_t* data, size_t stride, size_t first, const typename F::Activation* x,
+           float* out) {
+  const size_t count = w.block_panels(first), bytes = stride / count;
   for (size_t at = 0; at < count; at += P) {
     const uint8_t* panel[P];
     const float* scale[P];
     for (int p = 0; p < P; ++p) {
       const size_t mine = std::min(at + p, count - 1);  // a block's last panel stands in for those that are missing
-      panel[p] = panels[mine];
-      scale[p] = w.scale(first + mine);
+      panel[p] = data + mine * bytes;
+      scale[p] = w.group ? w.scales.data() + w.scale_at(first + mine) : nullptr;
     }
     F16 y[P][T];
-    multiply<F, P, T>(panel, scale, w.steps(), w.group, x, y);
+    multiply<F, P, T>(panel, stride, scale, w.scale_stride(first), w.steps(), w.group, x, y);
     for (int p = 0; p < P && at + p < count; ++p) {
       for (int t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE + t) * LANES);
     }
@@ -33,40 +32,34 @@ void block(const Matrix& w, const uint8_t* const* panels, size_t first, size_t c
 }
 
 template <class F>
-void block_of_width(const Matrix& w, const uint8_t* const* panels, size_t first, size_t count, size_t width,
+void block_of_width(const Matrix& w, const uint8_t* data, size_t stride, size_t first, size_t width,
                     const typename F::Activation* x, float* out) {
   // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
   switch (width) {
-    case 1: return block<F, 4, 1>(w, panels, first, count, x, out);
-    case 2: return block<F, 4, 2>(w, panels, first, count, x, out);
-    case 4: return block<F, 4, 4>(w, panels, first, count, x, out);
-    case 8: return block<F, 2, 8>(w, panels, first, count, x, out);
-    default: return block<F, 2, TILE>(w, panels, first, count, x, out);
+    case 1: return block<F, 4, 1>(w, data, stride, first, x, out);
+    case 2: return block<F, 4, 2>(w, data, stride, first, x, out);
+    case 4: return block<F, 4, 4>(w, data, stride, first, x, out);
+    case 8: return block<F, 2, 8>(w, data, stride, first, x, out);
+    default: return block<F, 2, TILE>(w, data, stride, first, x, out);
   }
 }
 
-// Every block of panels [begin, end) against every tile; ``each(panel, count, token, tokens, results)`` takes them.
+// Every block of panels [begin, end), begin at a block's start, against every tile; ``each(panel, count, token, tokens, results)`` takes them.
 template <class F, class Each>
 void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t end, Each each) {
   static thread_local Buffer<uint8_t> decoded;
-  const size_t step_values = PANEL * STEP;
   for (size_t first = begin; first < end; first += BLOCK) {
-    const size_t count = std::min(BLOCK, end - first);
-    const uint8_t* panels[BLOCK];
-    for (size_t p = 0; p < count; ++p) panels[p] = w.panel(first + p);
+    const size_t count = w.block_panels(first), whole = count * w.steps();
+    const uint8_t* data = w.data.data() + w.panel_at(first);
+    size_t stride = w.panel_stride(first);
     bool wide = false;
     if constexpr (F::scaled) {
       if (tokens > TILE) {  // several tiles: decode once
         wide = true;
-        uint8_t* out = decoded.reserve(count * w.steps() * step_values * sizeof(bf16));
-        for (size_t p = 0; p < count; ++p) {
-          auto* to = out + p * w.steps() * step_values * sizeof(bf16);
-          for (size_t s = 0; s < w.steps(); ++s) {
-            const Step step = F::load(panels[p] + s * F::bytes);
-            std::memcpy(to + s * sizeof step, &step, sizeof step);
-          }
-          panels[p] = to;
-        }
+        auto* to = reinterpret_cast<Step*>(decoded.reserve(whole * sizeof(Step)));
+        for (size_t s = 0; s < whole; ++s) to[s] = F::load(data + s * F::bytes);
+        data = decoded.data();
+        stride = count * sizeof(Step);
       }
     }
     const auto* tile = static_cast<const typename F::Activation*>(x);
@@ -74,10 +67,10 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
     for (size_t t = 0; t < tokens; t += TILE) {
       const size_t live = std::min(TILE, tokens - t), width = tile_width(live);
       if constexpr (F::scaled) {
-        if (wide) block_of_width<ScaledBF16>(w, panels, first, count, width, tile, results);
-        else block_of_width<F>(w, panels, first, count, width, tile, results);
+        if (wide) block_of_width<ScaledBF16>(w, data, stride, first, width, tile, results);
+        else block_of_width<F>(w, data, stride, first, width, tile, results);
       } else {
-        block_of_width<F>(w, panels, first, count, width, tile, results);
+        block_of_width<F>(w, data, stride, first, width, tile, results);
       }
       each(first, count, t, live, results);
       tile += width * w.steps() * STEP;

@@ -10,8 +10,6 @@
 namespace NS {
 namespace {
 
-constexpr size_t BLOCK = 4;  // panels scored together
-
 // A score and a position as one number that orders them.
 uint64_t ranked(float score, uint32_t position) {
   uint32_t bits;
@@ -28,7 +26,7 @@ void add_heads(const uint8_t* const* panels, size_t depth, const typename F::Act
     const float* none[P] = {};
     for (int p = 0; p < P; ++p) panel[p] = panels[at + p];
     F16 dots[P][T];
-    multiply<F, P, T>(panel, none, depth / STEP, 0, q, dots);
+    multiply<F, P, T>(panel, F::bytes, none, 0, depth / STEP, 0, q, dots);
     for (size_t x = 0; x < live; ++x) {
       for (int p = 0; p < P; ++p) {
         total[at + p].fma(F16::all(weight[x]), F16::max(dots[p][x] * F16::all(scale), F16::zero()));
@@ -70,6 +68,12 @@ size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
       const size_t position = std::min(at + p * PANEL, (end - 1) / PANEL * PANEL);
       const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
       panels[p] = pool + row / PANEL * panel_bytes;
+    }
+    if (at + 2 * BLOCK * PANEL <= end) {  // the next block, on its way while this one is scored
+      const size_t position = at + BLOCK * PANEL;
+      const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
+      const auto* next = reinterpret_cast<const char*>(pool + row / PANEL * panel_bytes);
+      for (size_t line = 0; line < BLOCK * panel_bytes; line += 64) __builtin_prefetch(next + line);
     }
     float scores[BLOCK * PANEL];
     score<F>(a, panels, scores);

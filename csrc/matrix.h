@@ -1,12 +1,15 @@
 // A weight matrix as the kernels read it, and activations as they take them. Knows layouts, no instruction set.
 //
-// Rows come in panels of 16, one lane each; along a row four values make a step. So a panel is one stream of memory, a
-// product with one token or with twelve walks it in the same order, and no sum is ever taken across lanes.
+// Rows come in panels of 16, one lane each; along a row four values make a step. Four panels make a block, whose steps
+// take turns, so that a block is one stream of memory. A product with one token or with twelve walks it in the same order,
+// and no sum is ever taken across lanes.
 //
-//   panel:  step 0            step 1            ...        a step:  row 0..15 x 4 values, in pairs (see formats.h)
-//   scales: 16 floats a group of `group` values            value = scale * what the step decodes to
+//   block:  step 0 of panels 0 1 2 3 | step 1 of panels 0 1 2 3 | ...     (the last block may hold fewer panels)
+//   step:   16 rows x 4 values, in pairs (see formats.h)
+//   scales: the same with a group of `group` values in the place of a step; value = scale * what the step decodes to
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -16,6 +19,7 @@
 
 constexpr size_t PANEL = 16;
 constexpr size_t STEP = 4;
+constexpr size_t BLOCK = 4;  // panels
 // Tokens that one pass over a panel multiplies at most.
 constexpr size_t TILE = 12;
 
@@ -69,8 +73,13 @@ struct Matrix {
   size_t steps() const { return (depth + STEP - 1) / STEP; }
   size_t groups() const { return group ? (depth + group - 1) / group : 0; }
   size_t panel_bytes() const { return steps() * step_bytes(format); }
-  const uint8_t* panel(size_t p) const { return data.data() + p * panel_bytes(); }
-  const float* scale(size_t p) const { return group ? scales.data() + p * groups() * PANEL : nullptr; }
+  // Panels of the block that panel p belongs to.
+  size_t block_panels(size_t p) const { return std::min(BLOCK, panels() - p / BLOCK * BLOCK); }
+  // First step of panel p, and from one step to the next; the same for scales, in floats.
+  size_t panel_at(size_t p) const { return p / BLOCK * BLOCK * panel_bytes() + p % BLOCK * step_bytes(format); }
+  size_t panel_stride(size_t p) const { return block_panels(p) * step_bytes(format); }
+  size_t scale_at(size_t p) const { return (p / BLOCK * BLOCK * groups() + p % BLOCK) * PANEL; }
+  size_t scale_stride(size_t p) const { return block_panels(p) * PANEL; }
   size_t bytes() const { return panels() * (panel_bytes() + groups() * PANEL * sizeof(float)); }
 };
 

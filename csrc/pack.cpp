@@ -14,13 +14,15 @@ size_t place(Format f, size_t r, size_t k) {
 }
 
 template <class T>
-void pack_panel(const Source& s, Matrix& m, size_t p, uint8_t* out) {
-  std::memset(out, m.format == Format::int4 ? 0x88 : 0, m.panel_bytes());
+void pack_panel(const Source& s, Matrix& m, size_t p) {
+  uint8_t* out = m.data.data() + m.panel_at(p);
+  const size_t stride = m.panel_stride(p), bytes = step_bytes(m.format);
+  for (size_t step = 0; step < m.steps(); ++step) std::memset(out + step * stride, m.format == Format::int4 ? 0x88 : 0, bytes);
   const auto* data = static_cast<const T*>(s.data);
   for (size_t r = 0; r < PANEL && p * PANEL + r < m.rows; ++r) {
     const T* row = data + (p * PANEL + r) * m.depth;
     for (size_t k = 0; k < m.depth; ++k) {
-      uint8_t* step = out + k / STEP * step_bytes(m.format);
+      uint8_t* step = out + k / STEP * stride;
       const size_t at = place(m.format, r, k % STEP);
       if (m.format == Format::int4) {
         const int shift = at < 32 ? 0 : 4;
@@ -39,11 +41,12 @@ void pack_panel(const Source& s, Matrix& m, size_t p, uint8_t* out) {
 }
 
 void pack_scales(const Source& s, Matrix& m, size_t p) {
-  float* out = m.scales.data() + p * m.groups() * PANEL;
+  float* out = m.scales.data() + m.scale_at(p);
+  const size_t stride = m.scale_stride(p);
   for (size_t g = 0; g < m.groups(); ++g) {
     for (size_t r = 0; r < PANEL; ++r) {
       const size_t row = p * PANEL + r;
-      out[g * PANEL + r] = row < m.rows ? s.scales[row / s.scale_rows * m.groups() + g] : 0.0f;
+      out[g * stride + r] = row < m.rows ? s.scales[row / s.scale_rows * m.groups() + g] : 0.0f;
     }
   }
 }
@@ -60,12 +63,11 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   m->scales.reserve(m->panels() * m->groups() * PANEL);
   pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
     for (size_t p = begin; p < end; ++p) {
-      uint8_t* out = m->data.data() + p * m->panel_bytes();
       switch (s.format) {
-        case Format::f32: pack_panel<float>(s, *m, p, out); break;
-        case Format::bf16: pack_panel<uint16_t>(s, *m, p, out); break;
-        case Format::fp8: pack_panel<uint8_t>(s, *m, p, out); break;
-        default: pack_panel<int8_t>(s, *m, p, out);
+        case Format::f32: pack_panel<float>(s, *m, p); break;
+        case Format::bf16: pack_panel<uint16_t>(s, *m, p); break;
+        case Format::fp8: pack_panel<uint8_t>(s, *m, p); break;
+        default: pack_panel<int8_t>(s, *m, p);
       }
       if (m->group) pack_scales(s, *m, p);
     }

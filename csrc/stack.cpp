@@ -1,6 +1,7 @@
 #include "stack.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -8,7 +9,6 @@
 
 namespace {
 
-constexpr size_t BLOCK = 4;       // panels a unit of work holds
 constexpr size_t HEADS = 4;       // heads a unit of attention holds
 constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
 
@@ -114,7 +114,11 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
   latents(l, index, b, cache, write, a_width);
   products({{l.q.get(), tiled(*l.q, q_latent_.data(), dims_.query_rank, T, tile_q_), q_.reserve(T * q_width), q_width}}, T);
   queries(l, T, q_width);
-  if (selects) select(index, b, cache, s, q_width);
+  if (selects) {
+    const auto began = std::chrono::steady_clock::now();
+    select(index, b, cache, s, q_width);
+    select_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  }
   attend(l, index, b, cache, s, q_width);
   const void* o = tiled(*l.o, o_.data(), H * dims_.value, T, tile_o_);
   pool::each(blocks(l.o->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {

@@ -46,6 +46,9 @@ class Cache {
   Cache(const Cache&) = delete;
   void* rows(size_t layer) { return rows_[layer].data(); }
   void* keys(size_t layer) { return keys_[layer].data(); }
+  size_t layers() const { return rows_.size(); }
+  size_t row_bytes(size_t layer) const { return rows_[layer].size(); }
+  size_t key_bytes(size_t layer) const { return keys_[layer].size(); }
   size_t num_bytes() const;
   const size_t num_rows, row_stride;
   const bool as_float;
@@ -74,6 +77,7 @@ class Stack {
       : threads(threads), top_k(dims.top_k), dims_(dims), table_(table) {}
   std::vector<Layer> layers;
   size_t threads, top_k;
+  double select_s = 0.0;  // spent in the indexers' search so far
   const Dims& dims() const { return dims_; }
 
   // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the

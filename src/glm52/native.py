@@ -78,6 +78,11 @@ class NativeGLM:
     def threads(self, count: int) -> None:
         self._stack.threads = count
 
+    @property
+    def select_s(self) -> float:
+        """Seconds that the indexers' search took so far."""
+        return float(self._stack.select_s)
+
     def new_cache(self, num_rows: int) -> NativeCache:
         return NativeCache(self.config, num_rows, as_float=self.format == "f32")
 
