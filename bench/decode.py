@@ -2,8 +2,8 @@
 
     python -m bench.decode MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--steps 32]
 
-The bound of a token: bytes of the weights it multiplies (its own experts only), of the rows it attends to and of the index
-keys it scores, over the read bandwidth measured in the same run, between the timed steps.
+The bound of a token: bytes of the weights it multiplies (its own experts only), of the rows it attends to and of the
+index keys it scores, over the read bandwidth measured in the same run, before and after the timed steps.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
             for context in contexts:
                 wanted = bytes_per_token(model.config, fmt, context)
                 bound = wanted / bandwidth
-                print(f"{fmt:<5} {threads} thread{'s' * (threads > 1):<1} context {context:>6}: {seconds[context] * 1e3:7.2f} ms  "
+                print(f"{fmt:<5} {threads} threads, context {context:>6}: {seconds[context] * 1e3:7.2f} ms  "
                       f"{1 / seconds[context]:6.0f} tokens/s   bound {bound * 1e3:6.2f} ms ({wanted / 1e6:.0f} MB at "
                       f"{bandwidth / 1e9:.1f} GB/s)   {bound / seconds[context]:.0%} of it", flush=True)  # fmt: skip
                 results.append({"format": fmt, "threads": threads, "context": context, "seconds": seconds[context],
