@@ -74,7 +74,8 @@ def main() -> None:
                 theirs = median_seconds(lambda: torch_bf16(x, ids, weights, *halves), 5)  # noqa: B023
                 bound = max(read / bandwidth, flops / peak)
                 print(f"{fmt:<5} {tokens:>3} tokens {threads} threads: {ours * 1e3:7.2f} ms  "
-                      f"{read / ours / 1e9:6.1f} GB/s {flops / ours / 1e9:6.0f} GFLOP/s   bound {bound * 1e3:6.2f} ms, {bound / ours:.0%} of it   "
+                      f"{read / ours / 1e9:6.1f} GB/s {flops / ours / 1e9:6.0f} GFLOP/s   "
+                    f"bound {bound * 1e3:6.2f} ms, {bound / ours:.0%} of it   "
                       f"torch bf16 {theirs * 1e3:7.2f} ms   differs from bf16 by {error:.4f}", flush=True)  # fmt: skip
                 results.append({"format": fmt, "tokens": tokens, "threads": threads, "seconds": ours, "bytes": read,
                                 "flops": flops, "bandwidth": bandwidth, "peak": peak, "torch_bf16": theirs,

@@ -74,7 +74,6 @@ std::string shape_of(const A& a) {
 }
 
 bool is_f32(nb::dlpack::dtype t) { return t == nb::dtype<float>(); }
-bool is_i32(nb::dlpack::dtype t) { return t == nb::dtype<int32_t>(); }
 bool is_bf16(nb::dlpack::dtype t) {
   return t.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && t.bits == 16 && t.lanes == 1;
 }
@@ -109,9 +108,10 @@ float* floats_out(const char* name, Output& a, std::initializer_list<size_t> sha
   require(name, a, is_f32(a.dtype()), "float32", shape);
   return static_cast<float*>(a.data());
 }
-const int32_t* integers(const char* name, const Array& a, std::initializer_list<size_t> shape) {
-  require(name, a, is_i32(a.dtype()), "int32", shape);
-  return static_cast<const int32_t*>(a.data());
+template <class T>
+const T* integers(const char* name, const Array& a, std::initializer_list<size_t> shape) {
+  require(name, a, a.dtype() == nb::dtype<T>(), sizeof(T) == 4 ? "int32" : "int64", shape);
+  return static_cast<const T*>(a.data());
 }
 
 Vector vector_of(const char* name, const Array& a, size_t size) {
@@ -228,7 +228,7 @@ void require_one_kind(const std::vector<Expert>& experts) {
 void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Output y, size_t threads) {
   const float* h = floats("x", x, {ANY, ANY});
   const size_t T = x.shape(0), D = x.shape(1);
-  const int32_t* chosen = integers("ids", ids, {T, ANY});
+  const int32_t* chosen = integers<int32_t>("ids", ids, {T, ANY});
   const size_t K = ids.shape(1);
   const float* w = floats("weights", weights, {T, K});
   float* out = floats_out("y", y, {T, D});
@@ -286,15 +286,19 @@ void add_layer(Stack& s, const nb::dict& l) {
   s.layers.push_back(std::move(out));
 }
 
-Batch read_batch(const Array& where, const Array& tables, size_t page_size, const Cache& cache, size_t tokens) {
-  const int32_t* w = integers("where", where, {3, tokens});
-  const int32_t* t = integers("tables", tables, {ANY, ANY});
+// ``written``: every token's position must lie on its sequence's pages.
+Batch read_batch(const Array& where, const Array& tables, size_t page_size, const Cache& cache, size_t tokens, bool written) {
+  const int64_t* w = integers<int64_t>("where", where, {3, tokens});
+  const int32_t* t = integers<int32_t>("tables", tables, {ANY, ANY});
   if (!page_size || page_size % PANEL) refuse("page_size: expected a multiple of 16, found " + std::to_string(page_size));
   const size_t S = tables.shape(0), width = tables.shape(1);
   for (size_t i = 0; i < tokens; ++i) {
-    const int32_t position = w[i], row = w[tokens + i], seq = w[2 * tokens + i];
+    const int64_t position = w[i], row = w[tokens + i], seq = w[2 * tokens + i];
     if (position < 0 || seq < 0 || static_cast<size_t>(seq) >= S || row < 0 || static_cast<size_t>(row) >= cache.num_rows) {
       refuse("where: token " + std::to_string(i) + " lies outside the cache or the tables");
+    }
+    if (written && static_cast<size_t>(position) >= width * page_size) {
+      refuse("tables: token " + std::to_string(i) + " is beyond its sequence's pages");
     }
   }
   for (size_t i = 0; i < S * width; ++i) {
@@ -303,43 +307,59 @@ Batch read_batch(const Array& where, const Array& tables, size_t page_size, cons
   return {tokens, w, w + tokens, w + 2 * tokens, t, width, page_size};
 }
 
-void require_pages(const Batch& b) {
-  for (size_t i = 0; i < b.tokens; ++i) {
-    if (static_cast<size_t>(b.positions[i]) >= b.table_width * b.page_size) {
-      refuse("tables: token " + std::to_string(i) + " is beyond its sequence's pages");
-    }
+const int64_t* read_tokens(const Stack& s, const Array& tokens) {
+  const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
+  for (size_t i = 0; i < tokens.shape(0); ++i) {
+    if (t[i] < 0 || static_cast<size_t>(t[i]) >= s.ends.vocabulary) refuse("tokens: token " + std::to_string(i) + " is outside the vocabulary");
   }
+  if (!tokens.shape(0)) refuse("tokens: expected at least one, found none");
+  return t;
 }
 
-void require_layers(const Stack& s, size_t begin, size_t end) {
-  if (begin >= end || end > s.layers.size()) refuse("layers: expected a range within " + std::to_string(s.layers.size()));
+void set_ends(Stack& s, Array embedding, Array norm, const nb::dict& draft) {
+  const size_t D = s.dims().hidden;
+  Ends e;
+  e.as_float = is_f32(embedding.dtype());
+  require("embedding", embedding, e.as_float || is_bf16(embedding.dtype()), "float32 or bfloat16", {ANY, D});
+  e.embedding = embedding.data();
+  e.vocabulary = embedding.shape(0);
+  e.norm = vector_of("norm", norm, D);
+  if (draft.size()) {
+    const auto vec = [&](const char* key) { return vector_of(key, nb::cast<Array>(draft[key]), D); };
+    e.embedding_norm = vec("enorm"), e.hidden_norm = vec("hnorm"), e.draft_norm = vec("shared_head.norm");
+    e.combine = nb::cast<Weights>(draft["eh_proj"]);
+    require_matrix("eh_proj", e.combine, D, 2 * D);
+  }
+  if (s.layers.empty() || !s.layers[0].index_weights || (e.combine && !s.layers.back().index_weights)) {
+    refuse("layers: expected the first layer and the drafting one to own an indexer");
+  }
+  s.ends = std::move(e);
 }
 
-// Layers [begin, end) over x in place; the full layers select.
-void run(Stack& s, size_t begin, size_t end, Output x, Array where, Array tables, size_t page_size, Cache& cache,
-         Selection& selection) {
-  require_layers(s, begin, end);
-  float* data = floats_out("x", x, {ANY, s.dims().hidden});
-  const Batch b = read_batch(where, tables, page_size, cache, x.shape(0));
-  require_pages(b);
-  if (!s.layers[begin].index_weights) refuse("layers: the first layer must own an indexer");
+void forward(Stack& s, Array tokens, Array where, Array tables, size_t page_size, Cache& cache, Output h) {
+  const int64_t* ids = read_tokens(s, tokens);
+  const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), true);
+  float* out = floats_out("h", h, {b.tokens, s.dims().hidden});
+  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
   const nb::gil_scoped_release unlocked;
-  s.run(begin, end, b, cache, selection, true, data);
+  s.forward(ids, b, cache, out);
 }
 
-// One layer over x in place, which writes nothing and attends to the selection given.
-void reuse(Stack& s, size_t layer, Output x, Array where, Array tables, size_t page_size, Cache& cache, Selection& selection) {
-  require_layers(s, layer, layer + 1);
-  float* data = floats_out("x", x, {ANY, s.dims().hidden});
-  const Batch b = read_batch(where, tables, page_size, cache, x.shape(0));
-  if (selection.tokens != b.tokens) refuse("selection: expected one for each token");
+void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t page_size, Cache& cache, Selection& selection,
+           bool write, Output z) {
+  if (!s.ends.combine) refuse("draft: this model has no layer for it");
+  const int64_t* ids = read_tokens(s, tokens);
+  const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), write);
+  const float* in = floats("h", h, {b.tokens, s.dims().hidden});
+  float* out = floats_out("z", z, {b.tokens, s.dims().hidden});
+  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
+  if (!write && selection.tokens != b.tokens) refuse("selection: expected one for each token");
   const nb::gil_scoped_release unlocked;
-  s.run(layer, layer + 1, b, cache, selection, false, data);
+  s.draft(in, ids, b, cache, selection, write, out);
 }
 
 std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
-  require("tokens", tokens, tokens.dtype() == nb::dtype<int64_t>(), "int64", {ANY});
-  const auto* t = static_cast<const int64_t*>(tokens.data());
+  const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
   const size_t n = tokens.shape(0);
   auto out = std::make_shared<Selection>();
   out->width = from.width;
@@ -410,16 +430,12 @@ NB_MODULE(_kernels, m) {
       .def_rw("top_k", &Stack::top_k)
       .def_ro("select_s", &Stack::select_s, "Seconds spent in the indexers' search so far.")
       .def("add_layer", &add_layer)
-      .def("run", &run, nb::arg("begin"), nb::arg("end"), nb::arg("x").noconvert(), nb::arg("where"), nb::arg("tables"),
-           nb::arg("page_size"), nb::arg("cache"), nb::arg("selection"))
-      .def("reuse", &reuse, nb::arg("layer"), nb::arg("x").noconvert(), nb::arg("where"), nb::arg("tables"),
-           nb::arg("page_size"), nb::arg("cache"), nb::arg("selection"))
-      .def("norm", [](Stack& s, Array w, Array x, Output out) {
-        const float* in = floats("x", x, {ANY, s.dims().hidden});
-        const Vector weights = vector_of("w", w, s.dims().hidden);
-        float* y = floats_out("out", out, {x.shape(0), s.dims().hidden});
-        s.norm(weights, in, x.shape(0), y);
-      }, nb::arg("w"), nb::arg("x"), nb::arg("out").noconvert())
+      .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("norm"), nb::arg("draft"), nb::keep_alive<1, 2>())
+      .def("forward", &forward, nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
+           nb::arg("cache"), nb::arg("h").noconvert(), "h [T, D] of tokens i64 [T]; where i64 [3, T], tables i32 [S, P].")
+      .def("draft", &draft, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
+           nb::arg("cache"), nb::arg("selection"), nb::arg("write"), nb::arg("z").noconvert(),
+           "z [T, D] of one drafting step. With write it writes rows and fills the selection, else it uses it.")
       .def("linear", [](Stack& s, const Weights& w, Array x, Output y) {
         const float* in = floats("x", x, {ANY, ANY});
         require_matrix("w", w, ANY, x.shape(1));

@@ -33,6 +33,10 @@ void layer_norm(const float* x, const float* w, const float* b, float eps, size_
   for (size_t i = 0; i < n; ++i) out[i] = (x[i] - mean) * scale * w[i] + b[i];
 }
 
+void widen_row(const uint16_t* x, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = widen(bf16{x[i]});
+}
+
 void rope(float* x, const float* cos, const float* sin, size_t pairs) {
   for (size_t i = 0; i < pairs; ++i) {
     const float a = x[2 * i], b = x[2 * i + 1];
@@ -65,6 +69,6 @@ void route(const float* logits, const float* bias, size_t experts, size_t k, flo
 }  // namespace
 
 extern const Norm norm;
-const Norm norm = {rms_norm, layer_norm, rope, route};
+const Norm norm = {rms_norm, layer_norm, widen_row, rope, route};
 
 }  // namespace NS

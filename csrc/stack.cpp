@@ -78,11 +78,40 @@ void Stack::angles(const Batch& b) {
     for (size_t i = 0; i < pairs; ++i) {
       const double frequency = std::pow(dims_.theta, -static_cast<double>(2 * i) / static_cast<double>(dims_.rotary));
       for (size_t t = begin; t < end; ++t) {
-        cos[t * pairs + i] = static_cast<float>(std::cos(b.positions[t] * frequency));
-        sin[t * pairs + i] = static_cast<float>(std::sin(b.positions[t] * frequency));
+        cos[t * pairs + i] = static_cast<float>(std::cos(static_cast<double>(b.positions[t]) * frequency));
+        sin[t * pairs + i] = static_cast<float>(std::sin(static_cast<double>(b.positions[t]) * frequency));
       }
     }
   });
+}
+
+void Stack::embed(const int64_t* tokens, size_t count, float* x) {
+  const size_t D = dims_.hidden;
+  for (size_t t = 0; t < count; ++t) {
+    const size_t at = static_cast<size_t>(tokens[t]) * D;
+    if (ends.as_float) std::memcpy(x + t * D, static_cast<const float*>(ends.embedding) + at, D * sizeof(float));
+    else table_.norm.widen(static_cast<const uint16_t*>(ends.embedding) + at, D, x + t * D);
+  }
+}
+
+void Stack::forward(const int64_t* tokens, const Batch& b, Cache& cache, float* h) {
+  float* x = x_.reserve(b.tokens * dims_.hidden);
+  embed(tokens, b.tokens, x);
+  run(0, layers.size() - (ends.combine ? 1 : 0), b, cache, selection_, true, x);
+  norm(ends.norm, x, b.tokens, h);
+}
+
+void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z) {
+  const size_t T = b.tokens, D = dims_.hidden;
+  float *x = x_.reserve(T * D), *both = both_.reserve(2 * T * D);
+  embed(tokens, T, x);
+  for (size_t t = 0; t < T; ++t) {  // the embedding's half first
+    table_.norm.rms_norm(x + t * D, ends.embedding_norm.data(), dims_.eps, D, both + 2 * t * D);
+    table_.norm.rms_norm(h + t * D, ends.hidden_norm.data(), dims_.eps, D, both + (2 * t + 1) * D);
+  }
+  linear(*ends.combine, both, 2 * D, T, x, D);
+  run(layers.size() - 1, layers.size(), b, cache, s, write, x);
+  norm(ends.draft_norm, x, T, z);
 }
 
 void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x) {
@@ -171,7 +200,7 @@ void Stack::queries(const Layer& l, size_t tokens, size_t width) {
 void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width) {
   const Dims& d = dims_;
   const size_t T = b.tokens, G = top_k;
-  const int32_t longest = *std::max_element(b.positions, b.positions + T) + 1;
+  const int64_t longest = *std::max_element(b.positions, b.positions + T) + 1;
   s.tokens = T;
   s.width = std::min(G, static_cast<size_t>(longest));
   int32_t *ids = s.ids.reserve(T * s.width), *counts = s.counts.reserve(T);

@@ -60,7 +60,7 @@ class Cache {
 // Where the tokens of a forward sit: position, row, sequence; a table of pages for each sequence.
 struct Batch {
   size_t tokens;
-  const int32_t *positions, *rows, *seqs;
+  const int64_t *positions, *rows, *seqs;
   const int32_t* tables;
   size_t table_width, page_size;
 };
@@ -71,15 +71,31 @@ struct Selection {
   size_t tokens = 0, width = 0;
 };
 
+// What stands before and after the layers. embedding [vocabulary, D], float or bfloat16, is not owned. The last four
+// belong to the layer that drafts, which is the last one if they are there.
+struct Ends {
+  const void* embedding = nullptr;
+  bool as_float = false;
+  size_t vocabulary = 0;
+  Vector norm;
+  Vector embedding_norm, hidden_norm, draft_norm;
+  Weights combine;
+};
+
 class Stack {
  public:
   Stack(const Dims& dims, const Table& table, size_t threads)
       : threads(threads), top_k(dims.top_k), dims_(dims), table_(table) {}
   std::vector<Layer> layers;
+  Ends ends;
   size_t threads, top_k;
   double select_s = 0.0;  // spent in the indexers' search so far
   const Dims& dims() const { return dims_; }
 
+  // h [T, D]: the tokens through all layers but the drafting one, normed; their rows are written.
+  void forward(const int64_t* tokens, const Batch& b, Cache& cache, float* h);
+  // z [T, D]: one step of the drafting layer over h [T, D] and the tokens that follow. `write` as in ``run``.
+  void draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z);
   // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the
   // selection given is used as it stands.
   void run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x);
@@ -99,6 +115,7 @@ class Stack {
   };
   void products(std::initializer_list<Product> list, size_t tokens);
   const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to);
+  void embed(const int64_t* tokens, size_t count, float* x);
   void angles(const Batch& b);
   void attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x);
   void latents(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, size_t width);
@@ -120,7 +137,8 @@ class Stack {
   Dims dims_;
   const Table& table_;
   // Scratch, kept between calls.
-  Buffer<float> cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_, weights_;
+  Selection selection_;
+  Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_, weights_;
   Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
   Buffer<float> sorted_weights_;
   Buffer<int32_t> ids_, sorted_tokens_;

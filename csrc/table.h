@@ -26,6 +26,8 @@ struct Gemm {
 struct Norm {
   void (*rms_norm)(const float* x, const float* w, float eps, size_t n, float* out);
   void (*layer_norm)(const float* x, const float* w, const float* b, float eps, size_t n, float* out);
+  // bfloat16 to float
+  void (*widen)(const uint16_t* x, size_t n, float* out);
   // Rotates interleaved pairs in place.
   void (*rope)(float* x, const float* cos, const float* sin, size_t pairs);
   // Sigmoid router: the bias chooses and never weighs, ties go to the lowest expert.

@@ -18,15 +18,14 @@ from glm52.config import GLMConfig
 class Spans:
     """Where each of T packed tokens sits.
 
-    positions_T, seq_T, row_T: int64. seq_T counts sequences from 0 and never decreases. tables_SP: int32 page numbers;
+    where_3T: int64, the position, row and sequence of each token. Sequences count from 0 and never decrease. tables_SP:
+    int32 page numbers;
     sequence s at position p lives in row ``tables_SP[s, p // page_size] * page_size + p % page_size``. lengths_S: int64
     context length of each sequence including its tokens here; max_length is its maximum, known without a tensor read.
     window: if set, T is a multiple of it and no sequence crosses a multiple of it (the training layout).
     """
 
-    positions_T: Tensor
-    seq_T: Tensor
-    row_T: Tensor
+    where_3T: Tensor
     tables_SP: Tensor
     lengths_S: Tensor
     max_length: int
@@ -42,9 +41,7 @@ class Spans:
         seq_T = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
         row_T = torch.arange(total)
         return Spans(
-            positions_T=row_T - start_S[seq_T],
-            seq_T=seq_T,
-            row_T=row_T,
+            where_3T=torch.stack((row_T - start_S[seq_T], row_T, seq_T)),
             tables_SP=(start_S[:, None] + torch.arange(longest)).clamp(max=total - 1).to(torch.int32),
             lengths_S=lengths_S,
             max_length=longest,
@@ -56,14 +53,26 @@ class Spans:
         """Tokens [begin, end) of one sequence over a cache, whose position p lives in row p."""
         positions = torch.arange(begin, end)
         return Spans(
-            positions_T=positions, seq_T=torch.zeros_like(positions), row_T=positions,
+            where_3T=torch.stack((positions, positions, torch.zeros_like(positions))),
             tables_SP=torch.arange(-(-end // page_size), dtype=torch.int32)[None], lengths_S=torch.tensor([end]),
             max_length=end, page_size=page_size,
         )  # fmt: skip
 
     @property
     def num_tokens(self) -> int:
-        return self.positions_T.shape[0]
+        return self.where_3T.shape[1]
+
+    @property
+    def positions_T(self) -> Tensor:
+        return self.where_3T[0]
+
+    @property
+    def row_T(self) -> Tensor:
+        return self.where_3T[1]
+
+    @property
+    def seq_T(self) -> Tensor:
+        return self.where_3T[2]
 
     def context_rows(self, s: int) -> Tensor:
         """Rows of sequence s in the order of positions: int64 [lengths_S[s]]."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from glm52 import ops
 from glm52.cache import Spans
 from glm52.config import GLMConfig
-from glm52.model import GLM, INDEX_NORM_EPS, MLP, DecoderLayer, MoE
+from glm52.model import GLM, INDEX_NORM_EPS, MLP, DecoderLayer, MoE, RMSNorm
 from glm52.quant import WeightFormat, quantize
 
 _PANEL = 16  # rows of a panel; see csrc/matrix.h
@@ -50,17 +50,19 @@ class NativeGLM:
         self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16
         self._soft: WeightFormat = {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)  # type: ignore[assignment]
         with torch.no_grad():
-            self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype)
             self._head = self._pack(model.lm_head.weight, self._soft)
-            self._norm = model.model.norm.weight.detach().float()
             for layer in model.model.layers:
                 assert isinstance(layer, DecoderLayer)
                 self._stack.add_layer(self._layer(layer))
-            self.mtp = model.mtp is not None
+            draft: dict[str, Any] = {}
             if model.mtp is not None:
-                self._enorm, self._hnorm = (n.weight.detach().float() for n in (model.mtp.enorm, model.mtp.hnorm))
-                self._shared_norm = cast(Tensor, model.mtp.shared_head["norm"].weight).detach().float()
-                self._eh_proj = self._pack(model.mtp.eh_proj.weight, self._soft)
+                norms = {"enorm": model.mtp.enorm, "hnorm": model.mtp.hnorm}
+                norms["shared_head.norm"] = cast(RMSNorm, model.mtp.shared_head["norm"])
+                draft = {name: norm.weight.detach().float() for name, norm in norms.items()}
+                draft["eh_proj"] = self._pack(model.mtp.eh_proj.weight, self._soft)
+            self.mtp = bool(draft)
+            embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
+            self._stack.set_ends(embedding, model.model.norm.weight.detach().float(), draft)
 
     @property
     def index_topk(self) -> int:
@@ -88,42 +90,26 @@ class NativeGLM:
 
     def __call__(self, tokens_T: Tensor, spans: Spans, cache: NativeCache) -> Tensor:
         """tokens_T int64 -> h_TD fp32, the hidden state after ``model.norm``; the tokens' rows are written."""
-        x_TD = self._embedding[tokens_T].float()
-        self._run(0, self.config.num_hidden_layers, x_TD, spans, cache, self._extension.Selection())
-        return self._normed(self._norm, x_TD)
+        h_TD = torch.empty(len(tokens_T), self.config.hidden_size)
+        self._stack.forward(tokens_T, spans.where_3T, spans.tables_SP, spans.page_size, cache.handle, h_TD)
+        return h_TD
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """[T, W] in fp32."""
-        return self._linear(self._head, h_TD)
+        y_TW = torch.empty(len(h_TD), self.config.vocab_size)
+        self._stack.linear(self._head, h_TD, y_TW)
+        return y_TW
 
     def draft(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, selection: Any = None
     ) -> tuple[Tensor, Any]:
         """One step of the MTP layer; see ``GLM.draft``. A selection is indexed by token like the tensor there."""
-        embedded = self._normed(self._enorm, self._embedding[tokens_T].float())
-        x_TD = self._linear(self._eh_proj, torch.cat((embedded, self._normed(self._hnorm, h_TD)), dim=-1))
-        layer = self.config.num_hidden_layers
-        if selection is None:
-            selection = self._extension.Selection()
-            self._run(layer, layer + 1, x_TD, spans, cache, selection)
-        else:
-            where, tables = _where(spans)
-            self._stack.reuse(layer, x_TD, where, tables, spans.page_size, cache.handle, selection)
-        return self._normed(self._shared_norm, x_TD), selection
-
-    def _run(self, begin: int, end: int, x_TD: Tensor, spans: Spans, cache: NativeCache, selection: Any) -> None:
-        where, tables = _where(spans)
-        self._stack.run(begin, end, x_TD, where, tables, spans.page_size, cache.handle, selection)
-
-    def _normed(self, w_D: Tensor, x_TD: Tensor) -> Tensor:
-        out = torch.empty_like(x_TD)
-        self._stack.norm(w_D, x_TD, out)
-        return out
-
-    def _linear(self, w: Any, x_TD: Tensor) -> Tensor:
-        y = torch.empty(len(x_TD), w.rows)
-        self._stack.linear(w, x_TD, y)
-        return y
+        z_TD, first = torch.empty_like(h_TD), selection is None
+        selection = self._extension.Selection() if first else selection
+        self._stack.draft(
+            h_TD, tokens_T, spans.where_3T, spans.tables_SP, spans.page_size, cache.handle, selection, first, z_TD
+        )
+        return z_TD, selection
 
     # ── packing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -210,9 +196,3 @@ def _dims(config: GLMConfig) -> dict[str, Any]:
         "route_scale": config.routed_scaling_factor, "normalize_weights": config.norm_topk_prob,
         "theta": config.rope_theta,
     }  # fmt: skip
-
-
-def _where(spans: Spans) -> tuple[Tensor, Tensor]:
-    """int32 [3, T]: position, row and sequence of every token; and the tables of pages."""
-    where = torch.stack((spans.positions_T, spans.row_T, spans.seq_T)).to(torch.int32)
-    return where, spans.tables_SP

@@ -111,20 +111,11 @@ def prefill(model: GLM, tokens: Tensor) -> Tensor:
     return model.logits(model(tokens, Spans.of_documents([len(tokens)])))
 
 
-def cached_spans(begin: int, end: int) -> Spans:
-    """One sequence whose position p lives in row p."""
-    positions = torch.arange(begin, end)
-    return Spans(
-        positions_T=positions, seq_T=torch.zeros_like(positions), row_T=positions,
-        tables_SP=torch.arange(end, dtype=torch.int32)[None], lengths_S=torch.tensor([end]), max_length=end,
-    )  # fmt: skip
-
-
 @torch.inference_mode()
 def stepwise(model: GLM, tokens: Tensor, chunk: int) -> Tensor:
     """Logits of every position, computed ``chunk`` tokens at a time over a cache."""
     cache = LatentCache(model.config, len(tokens), torch.float32)
-    spans = [cached_spans(i, min(i + chunk, len(tokens))) for i in range(0, len(tokens), chunk)]
+    spans = [Spans.of_sequence(i, min(i + chunk, len(tokens)), 1) for i in range(0, len(tokens), chunk)]
     return torch.cat([model.logits(model(tokens[s.positions_T], s, cache)) for s in spans])
 
 
@@ -154,7 +145,7 @@ def test_greedy_tokens_equal_transformers_far_beyond_top_k(oracle) -> None:
     tokens, begin = prompt.tolist(), 0
     with torch.inference_mode():
         while len(tokens) < 240:
-            spans = cached_spans(begin, len(tokens))
+            spans = Spans.of_sequence(begin, len(tokens), 1)
             h = ours(torch.tensor(tokens[begin:]), spans, cache)
             begin = len(tokens)
             tokens.append(int(ours.logits(h[-1:]).argmax()))

@@ -122,18 +122,19 @@ def test_drafts_are_the_reference() -> None:
 
 @pytest.mark.parametrize(("change", "named"), [
     ({"rows": 100}, "rows"), ({"page": 8}, "page_size"), ({"row": 160}, "where"), ({"page_id": 10}, "tables"),
-    ({"position": 160}, "tables"), ({"seq": 1}, "where"), ({"x": torch.zeros(4, 31)}, "x"),
-    ({"x": torch.zeros(4, 32, dtype=torch.float64)}, "x"), ({"x": torch.zeros(3, 32)}, "where"), ({"end": 99}, "layers"),
-    ({"begin": 3}, "layers"),
+    ({"position": 160}, "tables"), ({"seq": 1}, "where"), ({"h": torch.zeros(4, 31)}, "h"),
+    ({"h": torch.zeros(4, 32, dtype=torch.float64)}, "h"), ({"h": torch.zeros(3, 32)}, "h"),
+    ({"tokens": torch.tensor([1, 2, 3, 61])}, "tokens"), ({"tokens": torch.tensor([1, 2])}, "where"),
+    ({"tokens": torch.tensor([1, 2, 3, 4], dtype=torch.int32)}, "tokens"),
 ])  # fmt: skip
 def test_wrong_places_are_value_errors(change: dict[str, Any], named: str) -> None:
     native = NativeGLM(random_model(tiny_config()), "f32", threads=1)
     with pytest.raises(ValueError, match=named):
         cache = native.new_cache(change.get("rows", 160))
         where = torch.tensor([[0, 1, 2, change.get("position", 3)], [0, 1, 2, change.get("row", 3)],
-                              [0, 0, 0, change.get("seq", 0)]], dtype=torch.int32)  # fmt: skip
+                              [0, 0, 0, change.get("seq", 0)]])  # fmt: skip
         tables = torch.full((1, 10), change.get("page_id", 0), dtype=torch.int32)
-        native._stack.run(
-            change.get("begin", 0), change.get("end", 7), change.get("x", torch.zeros(4, 32)), where, tables,
-            change.get("page", 16), cache.handle, native._extension.Selection(),
+        native._stack.forward(
+            change.get("tokens", torch.arange(4)), where, tables, change.get("page", 16), cache.handle,
+            change.get("h", torch.zeros(4, 32)),
         )  # fmt: skip

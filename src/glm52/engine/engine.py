@@ -167,9 +167,7 @@ class Engine:
         rows = tables[seqs, np.minimum(positions // size, widest - 1)].astype(np.int64) * size + positions % size
         lengths = [begin + count for _, begin, count in parts]
         return Spans(
-            positions_T=torch.from_numpy(positions),
-            seq_T=torch.from_numpy(seqs),
-            row_T=torch.from_numpy(rows),
+            where_3T=torch.from_numpy(np.stack((positions, rows, seqs))),
             tables_SP=torch.from_numpy(tables),
             lengths_S=torch.tensor(lengths),
             max_length=max(lengths),
