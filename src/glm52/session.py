@@ -47,7 +47,8 @@ class Session:
         num_drafts: int | None = None,
     ) -> "Session":
         """Load a folder. fmt None: f32 for a small model, else bf16. context: cache rows for all sequences together
-        (default: the model's longest context, at most 32,768). num_drafts None: 1 where there is an MTP layer."""
+        (default: the model's longest context, at most 32,768). num_drafts None: with an
+        MTP layer up to 3, as many as pay."""
         config = GLMConfig.read(folder)
         if fmt is None:
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -61,7 +62,8 @@ class Session:
             num_rows=context or min(config.max_position_embeddings, 32_768),
             max_seqs=max_seqs,
             max_batch_tokens=max_batch_tokens,
-            num_drafts=(1 if model.mtp else 0) if num_drafts is None else num_drafts,
+            num_drafts=(3 if model.mtp else 0) if num_drafts is None else num_drafts,
+            adaptive=num_drafts is None,
             tokenizer=tokenizer,
         )
         file = folder / "generation_config.json"

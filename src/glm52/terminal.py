@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest reply (default: 1024)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: 1)")
+    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
     add_format_argument(parser)
 
 
@@ -144,7 +144,8 @@ class Chat:
         rates = [f"{a / d:.0%}" for a, d in zip(s.accepted, s.drafted, strict=True) if d]
         return (
             f"prompt {s.prompt_tokens} tokens ({s.cached_tokens} from the cache), reply {s.output_tokens} tokens, "
-            f"{speed:.1f} tokens/s; drafts accepted by depth: {', '.join(rates) or 'none drafted'}"
+            f"{speed:.1f} tokens/s; drafting {self.session.engine.draft_depth} tokens a step, accepted by depth: "
+            f"{', '.join(rates) or 'none drafted'}"
         )
 
     def say(self, text: str) -> None:

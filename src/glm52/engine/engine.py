@@ -19,6 +19,7 @@ from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array, distribution, log_probabilities, pick, processed, residual, uniform
 from glm52.engine.scheduler import Scheduler, Work
 from glm52.engine.sequence import Event, Sequence, TokenLogprob, draw_seed
+from glm52.engine.speculate import DraftPolicy
 from glm52.errors import RequestError
 from glm52.pages import Pages
 from glm52.tokenizer import Tokenizer
@@ -54,7 +55,8 @@ class Stats:
 
 
 class Engine:
-    """num_rows: cache rows for all sequences together. num_drafts: tokens the MTP layer proposes per step, 0 to 5."""
+    """num_rows: cache rows for all sequences together. num_drafts: tokens the MTP layer proposes per step, 0 to 5;
+    adaptive: at most as many, and as many as pay (see ``DraftPolicy``)."""
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Engine:
         max_batch_tokens: int = 512,
         max_seqs: int = 32,
         num_drafts: int = 0,
+        adaptive: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         if num_drafts and not model.mtp:
@@ -77,6 +80,7 @@ class Engine:
                 param="max_batch_tokens",
             )
         self.model, self.tokenizer, self.num_drafts = model, tokenizer, num_drafts
+        self._policy = DraftPolicy(num_drafts) if adaptive and num_drafts else None
         self.pages = Pages(num_rows // page_size, page_size)
         self.cache = model.new_cache(self.pages.num_pages * page_size)
         self.scheduler = Scheduler(self.pages, max_batch_tokens, max_seqs)
@@ -137,9 +141,17 @@ class Engine:
         )
         events = self._sample_and_verify(work, h_TD)
         self._commit_and_draft(work, h_TD)
+        seconds = time.perf_counter() - began
         self.stats.steps += 1
-        self.stats.forward_s += time.perf_counter() - began
+        self.stats.forward_s += seconds
+        if self._policy is not None and all(w.count == w.drafts + 1 for w in work):
+            self._policy.observe(len(work), sum(len(e.token_ids) for e in events), seconds)
         return events
+
+    @property
+    def draft_depth(self) -> int:
+        """Tokens that are drafted now."""
+        return self.num_drafts if self._policy is None else self._policy.depth
 
     def check(self) -> None:
         """Assert that pages and sequences agree."""
@@ -283,16 +295,16 @@ class Engine:
             return
         seqs = [parts[i][0] for i in chosen]
         z_SD, selection = z_TD[ends[chosen]], selection[ends[chosen]]
-        for depth in range(self.num_drafts):
+        for depth in range(self.draft_depth):
             logits = self.model.logits(z_SD).numpy()
             proposed = [self._propose(seq, x) for seq, x in zip(seqs, logits, strict=True)]
-            if depth + 1 < self.num_drafts:
+            if depth + 1 < self.draft_depth:
                 spans = self._spans([(seq, len(seq.tokens) - 1 + depth, 1) for seq in seqs])
                 z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, selection)
 
     def _has_room(self, seq: Sequence) -> bool:
         """Whether all drafts and one more token fit before the sequence must end."""
-        return len(seq.output) + self.num_drafts + 1 <= seq.max_tokens
+        return len(seq.output) + self.draft_depth + 1 <= seq.max_tokens
 
     def _propose(self, seq: Sequence, logits_W: Array) -> int:
         """Append one draft to a sequence, drawn the way its token will be."""

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="cache rows shared by all requests")
     parser.add_argument("--max-seqs", type=int, default=8, help="requests computed together (default: 8)")
     parser.add_argument("--max-batch-tokens", type=int, default=512, help="tokens of one step (default: 512)")
-    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: 1)")
+    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
     add_format_argument(parser)
 
 
