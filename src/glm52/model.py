@@ -60,6 +60,17 @@ class Linear(nn.Module):
         return ops.linear(x_TD, self.weight)
 
 
+class Embedding(nn.Module):
+    """A table [W, D], left uninitialised: filling one on the meta device costs torch a second of imports."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, dim))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return nn.functional.embedding(ids_T, self.weight)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -285,7 +296,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         if config.num_nextn_predict_layers:
             self.layers.append(MTPLayer(config))

@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     session = Session.open(resolve(args.model), fmt=args.format, num_drafts=args.drafts)
     chat = Chat(session, args, sys.stdout)
     if args.prompt is not None:
-        chat.say(args.prompt)
-        return 0
+        return 0 if chat.say(args.prompt) else 1
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing for input())
 
@@ -148,8 +147,8 @@ class Chat:
             f"{', '.join(rates) or 'none drafted'}"
         )
 
-    def say(self, text: str) -> None:
-        """Send a message and stream the reply. Ctrl-C keeps what was said so far out of the history."""
+    def say(self, text: str) -> bool:
+        """Send a message and stream the reply -> whether it came to its end. One that did not is forgotten."""
         self.messages.append({"role": "user", "content": text})
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
@@ -165,6 +164,8 @@ class Chat:
             if reply.reasoning:
                 message["reasoning_content"] = reply.reasoning
             self.messages.append(message)
+            return True
+        return False
 
     def _stream(self, messages: list[dict[str, Any]]) -> Reply:
         session = self.session
