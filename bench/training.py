@@ -3,14 +3,12 @@
 Both see the same packed batch shape, bf16 autocast with fp32 weights, one thread, forward + backward + optimizer. Ours
 does more work: Muon instead of AdamW, and in the second row the MTP layer with its loss, which transformers lacks.
 
-    python bench/training.py [--steps 5] [--batch 8] [--window 512]
+    python -m bench.training [--steps 5] [--batch 8] [--window 512]
 """
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,10 +20,11 @@ import torch
 import transformers
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
+from bench.common import finish, matmul_peak
 from glm52.config import GLMConfig
 from glm52.hub import NANO
 from glm52.shards import Shards, write_bucket
-from glm52.train.command import matmul_peak_flops, training_flops_per_token
+from glm52.train.command import training_flops_per_token
 from glm52.train.trainer import Recipe, Stage, Trainer
 
 
@@ -91,7 +90,7 @@ def main() -> None:
                 began = time.perf_counter()
                 body()
                 times[name].append(time.perf_counter() - began)
-    tokens, peak = args.batch * args.window, matmul_peak_flops()
+    tokens, peak = args.batch * args.window, matmul_peak(1)
     flops = training_flops_per_token(Recipe(name="bench", config=config, stages=()), args.window)
     print(f"ceiling: {peak / 1e9:.0f} GFLOP/s bf16 matmul on one thread; {flops / 1e6:.1f} MFLOP a token with MTP")
     medians = {name: statistics.median(t) for name, t in times.items()}
@@ -99,13 +98,8 @@ def main() -> None:
     for name, t in times.items():
         print(f"{name:<20} {tokens / medians[name]:7.0f} tokens/s   (spread {min(t):.2f} to {max(t):.2f} s)"
               f"   {best / medians[name]:.2f}x the faster transformers")  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout)
-    print(json.dumps({
-        "commit": commit, "dirty": dirty, "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "batch": args.batch,
-        "window": args.window, "tokens_per_s": {k: tokens / v for k, v in medians.items()}, "peak_flops": peak,
-    }))  # fmt: skip
+    finish({"batch": args.batch, "window": args.window, "tokens_per_s": {k: tokens / v for k, v in medians.items()},
+            "transformers": transformers.__version__, "peak": peak})  # fmt: skip
 
 
 if __name__ == "__main__":
