@@ -18,8 +18,13 @@ CHAT = {
     "code": 0.04, "prose": 0.02, "multilingual": 0.03, "chat_code": 0.18, "chat_maths": 0.33, "chat_general": 0.30,
     "chat_copy": 0.08, "induction": 0.02,
 }  # fmt: skip
+SKILLS = {
+    "code": 0.05, "prose": 0.02, "multilingual": 0.02, "chat_code": 0.08, "chat_maths": 0.22, "chat_general": 0.12,
+    "chat_copy": 0.04, "chat_skills": 0.42, "induction": 0.03,
+}  # fmt: skip
 LONG = {
-    "code": 0.08, "chat_code": 0.12, "chat_maths": 0.25, "chat_general": 0.25, "chat_long": 0.28, "induction": 0.02,
+    "code": 0.05, "chat_code": 0.05, "chat_maths": 0.22, "chat_general": 0.12, "chat_skills": 0.25, "chat_long": 0.29,
+    "induction": 0.02,
 }  # fmt: skip
 
 
@@ -33,8 +38,9 @@ def recipe() -> Recipe:
             Stage(name="begin", tokens=4_000_000, mixture=MIXTURE, warmup_steps=60, prompt_weight=0.15,
                   mtp_weight=0.0),
             Stage(name="pretrain", tokens=9_500_000, mixture=MIXTURE, warmup_steps=1, prompt_weight=0.15),
-            Stage(name="chat", tokens=5_200_000, mixture=CHAT, warmup_steps=1, prompt_weight=0.1, decay_fraction=0.8,
-                  final_lr=0.25),
+            Stage(name="chat", tokens=1_933_312, mixture=CHAT, warmup_steps=1, prompt_weight=0.1),
+            Stage(name="skills", tokens=4_000_000, mixture=SKILLS, warmup_steps=1, prompt_weight=0.1,
+                  decay_fraction=1.0, final_lr=0.2),
             Stage(name="long", tokens=1_200_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
                   muon_lr=5e-3, adam_lr=7.5e-4, distill_every=8),
             Stage(name="indexer", tokens=262_144, mixture=LONG, window=4096, trainable="indexer", warmup_steps=4,

@@ -1,7 +1,8 @@
 """``glm52 data``: a tokenizer and token shards from local packages and our own generators.
 
 Natural text makes the buckets code, prose and multilingual; generated conversations make chat_code, chat_maths,
-chat_general, for long contexts chat_long, and for quoting the prompt chat_copy; induction is random tokens, repeated.
+chat_general, for long contexts chat_long, for quoting the prompt chat_copy, for fields and calls chat_skills; induction
+is random tokens, repeated.
 Each natural bucket has a held-out twin ``.test``. Everything is a function of the seed and of what is installed; the
 manifest records both.
 """
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 NATURAL = ("code", "prose", "multilingual")
 # Shares of all generated tokens; chat_long is needles, tables and lists far beyond a training window.
-CHAT_SHARES = {"chat_code": 0.27, "chat_maths": 0.33, "chat_general": 0.3, "chat_long": 0.1, "chat_copy": 0.15}
+CHAT_SHARES = {"chat_code": 0.27, "chat_maths": 0.33, "chat_general": 0.3, "chat_long": 0.1, "chat_copy": 0.15,
+               "chat_skills": 0.25}  # fmt: skip
 
 # Names and order of GLM's special tokens; they stand at the end of the vocabulary.
 SPECIAL_TOKENS = (
@@ -196,6 +198,9 @@ def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] |
     if name == "chat_long":
         task, level = rng.choice((("needle", 3), ("needle", 4), ("needle", 5), ("needle", 5), ("key_value", 4)))
         example = tasks.TASKS[task].generate(rng, split="train", level=level)
+    elif name == "chat_skills":
+        task = rng.choices(("json", "tool_call", "passage", "table", "copy"), weights=(8, 8, 2, 1, 2))[0]
+        example = tasks.TASKS[task].generate(rng, split="train")
     elif name == "chat_copy":
         task = rng.choices(("copy", "key_value", "reverse", "json", "passage"), weights=(8, 2, 2, 3, 2))[0]
         copied_level = rng.randrange(2) if task == "key_value" else None
@@ -206,7 +211,7 @@ def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] |
     messages, thinking = [*example.messages, *example.target], example.thinking
     if rng.random() < 0.1:
         messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM)})
-    if example.tools is None and name not in ("chat_long", "chat_copy") and rng.random() < 0.33:
+    if example.tools is None and name not in ("chat_long", "chat_copy", "chat_skills") and rng.random() < 0.33:
         thinking = Thinking(enabled=thinking.enabled, effort=thinking.effort, clear=False)
         for _ in range(rng.randint(1, 2)):
             more = tasks.draw(rng, "train", rng.choice(("maths", "general")))
