@@ -40,7 +40,8 @@ def load_for_inference(folder: Path, fmt: WeightFormat) -> GLM | NativeGLM:
     ConfigError if a quantised format is asked for without kernels, since the reference holds none.
     """
     if ops.backend() != "reference":
-        return NativeGLM(load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16), fmt)
+        model = load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16)
+        return NativeGLM(model, fmt, consume=True)
     if fmt not in ("f32", "bf16"):
         raise ConfigError(f"--format {fmt}: expected f32 or bf16 without the native kernels; install a C++ compiler "
                           "and glm52 again for the others")  # fmt: skip

@@ -37,13 +37,14 @@ class NativeCache:
 
 
 class NativeGLM:
-    """A model packed from ``GLM``'s weights; the source may be dropped afterwards.
+    """A model packed from ``GLM``'s weights. consume: empty each layer of the source once it is packed, so that the
+    weights are never held twice; the source is then of no use.
 
     fmt: the format of the large matrices. Embedding, router, index weights and norms stay as they are; the output head
     and kv_b_proj, whose rows are split by head, are int8 where fmt is int4 and bf16 where it is fp8.
     """
 
-    def __init__(self, model: GLM, fmt: WeightFormat, threads: int | None = None) -> None:
+    def __init__(self, model: GLM, fmt: WeightFormat, threads: int | None = None, *, consume: bool = False) -> None:
         self.config, self.format = model.config, fmt
         self._extension = ops.kernels()
         self._stack = self._extension.Stack(_dims(model.config), threads or torch.get_num_threads())
@@ -51,18 +52,25 @@ class NativeGLM:
         self._soft: WeightFormat = {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)  # type: ignore[assignment]
         with torch.no_grad():
             self._head = self._pack(model.lm_head.weight, self._soft)
+            draft = self._draft_ends(model)
+            self.mtp = bool(draft)
             for layer in model.model.layers:
                 assert isinstance(layer, DecoderLayer)
                 self._stack.add_layer(self._layer(layer))
-            draft: dict[str, Any] = {}
-            if model.mtp is not None:
-                norms = {"enorm": model.mtp.enorm, "hnorm": model.mtp.hnorm}
-                norms["shared_head.norm"] = cast(RMSNorm, model.mtp.shared_head["norm"])
-                draft = {name: norm.weight.detach().float() for name, norm in norms.items()}
-                draft["eh_proj"] = self._pack(model.mtp.eh_proj.weight, self._soft)
-            self.mtp = bool(draft)
+                if consume:
+                    for p in layer.parameters():
+                        p.data = p.new_empty(0)
             embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
             self._stack.set_ends(embedding, model.model.norm.weight.detach().float(), draft)
+
+    def _draft_ends(self, model: GLM) -> dict[str, Any]:
+        """What stands around the drafting layer; empty without one."""
+        if model.mtp is None:
+            return {}
+        norms = {"enorm": model.mtp.enorm, "hnorm": model.mtp.hnorm}
+        norms["shared_head.norm"] = cast(RMSNorm, model.mtp.shared_head["norm"])
+        out: dict[str, Any] = {name: norm.weight.detach().float() for name, norm in norms.items()}
+        return out | {"eh_proj": self._pack(model.mtp.eh_proj.weight, self._soft)}
 
     @property
     def index_topk(self) -> int:
