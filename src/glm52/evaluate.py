@@ -21,7 +21,7 @@ from glm52.cache import Spans
 from glm52.chat import Reply, Thinking, parse_reply
 from glm52.engine import Model, SamplingParams
 from glm52.hub import resolve
-from glm52.session import Session
+from glm52.session import Session, add_format_argument
 from glm52.shards import Shards
 from glm52.tasks import TASKS
 from glm52.tasks.base import Example
@@ -62,11 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=0, help="print this many replies of each task")
     parser.add_argument("--seed", type=int, default=0)
+    add_format_argument(parser)
     parser.add_argument("--json", type=Path, help="write the results here too")
 
 
 def run(args: argparse.Namespace) -> int:
-    session = Session.open(resolve(args.model), max_seqs=16, max_batch_tokens=1024, context=65_536)
+    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024, context=65_536)
     if args.dense:
         session.engine.model.index_topk = session.engine.context_length
     results: list[Score] = []
