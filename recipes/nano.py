@@ -22,6 +22,7 @@ SKILLS = {
     "code": 0.05, "prose": 0.02, "multilingual": 0.02, "chat_code": 0.08, "chat_maths": 0.22, "chat_general": 0.12,
     "chat_copy": 0.04, "chat_skills": 0.42, "induction": 0.03,
 }  # fmt: skip
+WORDS = SKILLS | {"chat_code": 0.06, "chat_maths": 0.16, "chat_general": 0.2, "chat_skills": 0.42}
 LONG = {
     "code": 0.05, "chat_code": 0.05, "chat_maths": 0.22, "chat_general": 0.12, "chat_skills": 0.25, "chat_long": 0.29,
     "induction": 0.02,
@@ -41,11 +42,13 @@ def recipe() -> Recipe:
             Stage(name="chat", tokens=1_933_312, mixture=CHAT, warmup_steps=1, prompt_weight=0.1),
             Stage(name="skills", tokens=4_000_000, mixture=SKILLS, warmup_steps=1, prompt_weight=0.1,
                   decay_fraction=1.0, final_lr=0.2),
-            Stage(name="long", tokens=1_200_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
-                  muon_lr=5e-3, adam_lr=7.5e-4, distill_every=8),
-            Stage(name="indexer", tokens=262_144, mixture=LONG, window=4096, trainable="indexer", warmup_steps=4,
+            Stage(name="words", tokens=2_800_000, mixture=WORDS, warmup_steps=1, prompt_weight=0.1,
+                  muon_lr=0.012, adam_lr=2e-3, decay_fraction=0.9, final_lr=0.25),
+            Stage(name="long", tokens=800_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
+                  muon_lr=4e-3, adam_lr=6e-4, distill_every=8),
+            Stage(name="indexer", tokens=196_608, mixture=LONG, window=4096, trainable="indexer", warmup_steps=4,
                   adam_lr=2e-3, decay_fraction=0.5, final_lr=0.1, distill_every=1),
-            Stage(name="sparse", tokens=500_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
-                  muon_lr=5e-3, adam_lr=7.5e-4, decay_fraction=1.0, index_topk=256, distill_every=2),
+            Stage(name="sparse", tokens=400_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
+                  muon_lr=4e-3, adam_lr=6e-4, decay_fraction=1.0, index_topk=256, distill_every=2),
         ),
     )  # fmt: skip

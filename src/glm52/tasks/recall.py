@@ -33,7 +33,7 @@ class KeyValue(_Recall):
         level = rng.randrange(self.levels) if level is None else level
         thinking = thinking or (_OFF if rng.random() < 0.6 else draw_thinking(rng))
         count = 2 << level
-        keys = draw_many(rng, rng.choice((NAMES, CITIES, WORDS, NOUNS)), min(count, 32))
+        keys = draw_many(rng, rng.choice((NAMES, CITIES, WORDS, NOUNS)), min(count, 32), split)
         if rng.random() < 0.3:
             keys = list(dict.fromkeys(nonsense(rng, rng.randint(2, 4)) for _ in range(count)))
         makers: tuple[Callable[[], str], ...] = (
@@ -92,7 +92,7 @@ class Needle(_Recall):
     ) -> Example:
         level = rng.randrange(3) if level is None else level
         thinking = thinking or (_OFF if rng.random() < 0.6 else draw_thinking(rng))
-        keys = draw_many(rng, CITIES + NAMES, rng.randint(1, 2 + level))
+        keys = draw_many(rng, CITIES + NAMES, rng.randint(1, 2 + level), split)
         needle = rng.choice(self.needles)
         word = next(w for w in ("code", "password", "number", "key") if w in needle)
         values = [str(rng.randint(1000, 99999)) for _ in keys]
@@ -124,7 +124,7 @@ class Passage(_Recall):
         self, rng: random.Random, *, split: Split, level: int | None = None, thinking: Thinking | None = None
     ) -> Example:
         thinking = thinking or draw_thinking(rng)
-        names = draw_many(rng, NAMES, rng.randint(2, 4))
+        names = draw_many(rng, NAMES, rng.randint(2, 4), split)
         told = [(n, *rng.choice(self.facts)) for n in names]
         values = [draw(rng, f[3], split) for f in told]
         sentences = [f[1].format(n=f[0], v=v) for f, v in zip(told, values, strict=True)]

@@ -238,7 +238,7 @@ class Table(_Text):
     ) -> Example:
         thinking = thinking or draw_thinking(rng)
         level = rng.randrange(self.levels) if level is None else level
-        names = draw_many(rng, NAMES, rng.randint(2, 3) + 3 * level)
+        names = draw_many(rng, NAMES, rng.randint(2, 3) + 3 * level, split)
         columns = rng.sample(("age", "city", "job", "color", "quantity"), rng.randint(2, 3))
         rows = {n: _record(rng, split) for n in names}
         lines = ["| name | " + " | ".join(columns) + " |"]

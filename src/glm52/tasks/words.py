@@ -1,4 +1,7 @@
-"""Word lists the generators draw from. The last tenth of a list is kept for the test split (see ``draw``)."""
+"""Word lists the generators draw from. The last tenth of a list is kept for the test split (see ``draw``).
+
+The lists are short enough to be learned by heart, and then nothing is copied: so training also sees coined words.
+"""
 
 import random
 from collections.abc import Sequence
@@ -36,6 +39,7 @@ WORDS = (
     "honey coffee orange banana cherry grape melon tiger rabbit horse sheep eagle salmon spider monkey turtle dolphin "
     "camel panda zebra doctor soldier sailor farmer king queen child brother sister mother father friend teacher student"
 ).split()
+COINED = 0.4  # how often training sees a coined word
 COLORS = "red blue green yellow black white brown purple orange pink grey silver golden".split()
 
 
@@ -44,12 +48,26 @@ def draw(rng: random.Random, words: Sequence[str], split: Split = "train") -> st
     kept = max(1, len(words) // 10)
     if split == "test" and rng.random() < 0.5:
         return rng.choice(words[-kept:])
+    if split == "train" and rng.random() < COINED:
+        return coined(rng, words[0][0].isupper())
     return rng.choice(words[:-kept])
 
 
-def draw_many(rng: random.Random, words: Sequence[str], count: int) -> list[str]:
-    """Distinct words, in random order."""
-    return rng.sample(list(words), count)
+def draw_many(rng: random.Random, words: Sequence[str], count: int, split: Split = "test") -> list[str]:
+    """Distinct words, in random order; in the train split some of them coined."""
+    drawn = rng.sample(list(words), count)
+    if split == "train":
+        drawn = [coined(rng, w[0].isupper()) if rng.random() < COINED else w for w in drawn]
+    return list(dict.fromkeys(drawn))
+
+
+def coined(rng: random.Random, is_name: bool) -> str:
+    """A word that nobody knows: two to four syllables."""
+    word = "".join(
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l", "s"))
+        for _ in range(rng.randint(2, 4))
+    )
+    return word.capitalize() if is_name else word
 
 
 def nonsense(rng: random.Random, length: int, alphabet: str = "abcdefghijklmnopqrstuvwxyz") -> str:
