@@ -94,7 +94,8 @@ void require(const char* name, const A& a, bool dtype_ok, const char* dtype, std
   if (!fits) refuse(std::string(name) + ": expected shape [" + wanted + "], found " + shape_of(a));
   int64_t stride = 1;
   for (size_t d = a.ndim(); d-- > 0;) {
-    if (a.shape(d) != 1 && a.stride(d) != stride) refuse(std::string(name) + ": expected contiguous rows; call .contiguous()");
+    if (a.shape(d) != 1 && a.stride(d) != stride)
+      refuse(std::string(name) + ": expected contiguous rows; call .contiguous()");
     stride *= static_cast<int64_t>(a.shape(d));
   }
 }
@@ -141,8 +142,12 @@ Weights pack_matrix(const std::string& format, Array w, std::optional<Array> sca
                         : s.format == Format::bf16 ? is_bf16(w.dtype())
                         : s.format == Format::fp8  ? w.dtype() == nb::dtype<uint8_t>()
                                                    : w.dtype() == nb::dtype<int8_t>();
-  require("w", w, dtype_ok, s.format == Format::f32 ? "float32" : s.format == Format::bf16 ? "bfloat16"
-                            : s.format == Format::fp8 ? "uint8 (E4M3 bits)" : "int8", {ANY, ANY});
+  require("w", w, dtype_ok,
+          s.format == Format::f32    ? "float32"
+          : s.format == Format::bf16 ? "bfloat16"
+          : s.format == Format::fp8  ? "uint8 (E4M3 bits)"
+                                     : "int8",
+          {ANY, ANY});
   s.data = w.data();
   s.rows = w.shape(0);
   s.depth = w.shape(1);
@@ -165,8 +170,8 @@ Weights pack_matrix(const std::string& format, Array w, std::optional<Array> sca
 void require_matrix(const char* name, const Weights& w, size_t rows, size_t depth) {
   if (!w) refuse(std::string(name) + ": expected a matrix, found None");
   if ((rows != ANY && w->rows != rows) || w->depth != depth) {
-    refuse(std::string(name) + ": expected " + (rows == ANY ? "any" : std::to_string(rows)) + " x " + std::to_string(depth) +
-           ", found " + std::to_string(w->rows) + " x " + std::to_string(w->depth));
+    refuse(std::string(name) + ": expected " + (rows == ANY ? "any" : std::to_string(rows)) + " x " +
+           std::to_string(depth) + ", found " + std::to_string(w->rows) + " x " + std::to_string(w->depth));
   }
 }
 
@@ -212,7 +217,8 @@ Expert read_expert(const nb::handle& pair, size_t hidden) {
   const auto [gate_up, down] = nb::cast<std::pair<Weights, Weights>>(pair);
   require_matrix("gate_up", gate_up, ANY, hidden);
   require_matrix("down", down, hidden, down ? down->depth : 0);
-  if (gate_up->panels() % 2 || down->depth > gate_up->rows / 2) refuse("gate_up: expected alternating panels of gate and up");
+  if (gate_up->panels() % 2 || down->depth > gate_up->rows / 2)
+    refuse("gate_up: expected alternating panels of gate and up");
   return {gate_up, down};
 }
 
@@ -236,7 +242,8 @@ void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Outp
   for (const nb::handle pair : experts) all.push_back(read_expert(pair, D));
   require_one_kind(all);
   for (size_t i = 0; i < T * K; ++i) {
-    if (chosen[i] < 0 || static_cast<size_t>(chosen[i]) >= all.size()) refuse("ids: expected 0 to " + std::to_string(all.size() - 1));
+    if (chosen[i] < 0 || static_cast<size_t>(chosen[i]) >= all.size())
+      refuse("ids: expected 0 to " + std::to_string(all.size() - 1));
   }
   if (!T || !K) return;
   const nb::gil_scoped_release unlocked;
@@ -277,7 +284,8 @@ void add_layer(Stack& s, const nb::dict& l) {
     for (const nb::handle pair : nb::cast<nb::list>(l["experts"])) out.experts.push_back(read_expert(pair, d.hidden));
     if (out.experts.size() != d.experts) refuse("experts: expected " + std::to_string(d.experts));
     require_one_kind(out.experts);
-    if (out.dense.gate_up && (out.dense.gate_up->format == Format::f32) != (out.experts[0].gate_up->format == Format::f32)) {
+    if (out.dense.gate_up &&
+        (out.dense.gate_up->format == Format::f32) != (out.experts[0].gate_up->format == Format::f32)) {
       refuse("dense: the shared expert's format does not go with the experts'");
     }
   } else if (!out.dense.gate_up) {
@@ -287,14 +295,17 @@ void add_layer(Stack& s, const nb::dict& l) {
 }
 
 // ``written``: every token's position must lie on its sequence's pages.
-Batch read_batch(const Array& where, const Array& tables, size_t page_size, const Cache& cache, size_t tokens, bool written) {
+Batch read_batch(const Array& where, const Array& tables, size_t page_size, const Cache& cache, size_t tokens,
+                 bool written) {
   const int64_t* w = integers<int64_t>("where", where, {3, tokens});
   const int32_t* t = integers<int32_t>("tables", tables, {ANY, ANY});
-  if (!page_size || page_size % PANEL) refuse("page_size: expected a multiple of 16, found " + std::to_string(page_size));
+  if (!page_size || page_size % PANEL)
+    refuse("page_size: expected a multiple of 16, found " + std::to_string(page_size));
   const size_t S = tables.shape(0), width = tables.shape(1);
   for (size_t i = 0; i < tokens; ++i) {
     const int64_t position = w[i], row = w[tokens + i], seq = w[2 * tokens + i];
-    if (position < 0 || seq < 0 || static_cast<size_t>(seq) >= S || row < 0 || static_cast<size_t>(row) >= cache.num_rows) {
+    if (position < 0 || seq < 0 || static_cast<size_t>(seq) >= S || row < 0 ||
+        static_cast<size_t>(row) >= cache.num_rows) {
       refuse("where: token " + std::to_string(i) + " lies outside the cache or the tables");
     }
     if (written && static_cast<size_t>(position) >= width * page_size) {
@@ -302,7 +313,8 @@ Batch read_batch(const Array& where, const Array& tables, size_t page_size, cons
     }
   }
   for (size_t i = 0; i < S * width; ++i) {
-    if (t[i] < 0 || (static_cast<size_t>(t[i]) + 1) * page_size > cache.num_rows) refuse("tables: a page lies outside the cache");
+    if (t[i] < 0 || (static_cast<size_t>(t[i]) + 1) * page_size > cache.num_rows)
+      refuse("tables: a page lies outside the cache");
   }
   return {tokens, w, w + tokens, w + 2 * tokens, t, width, page_size};
 }
@@ -310,7 +322,8 @@ Batch read_batch(const Array& where, const Array& tables, size_t page_size, cons
 const int64_t* read_tokens(const Stack& s, const Array& tokens) {
   const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
   for (size_t i = 0; i < tokens.shape(0); ++i) {
-    if (t[i] < 0 || static_cast<size_t>(t[i]) >= s.ends.vocabulary) refuse("tokens: token " + std::to_string(i) + " is outside the vocabulary");
+    if (t[i] < 0 || static_cast<size_t>(t[i]) >= s.ends.vocabulary)
+      refuse("tokens: token " + std::to_string(i) + " is outside the vocabulary");
   }
   if (!tokens.shape(0)) refuse("tokens: expected at least one, found none");
   return t;
@@ -345,8 +358,8 @@ void forward(Stack& s, Array tokens, Array where, Array tables, size_t page_size
   s.forward(ids, b, cache, out);
 }
 
-void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t page_size, Cache& cache, Selection& selection,
-           bool write, Output z) {
+void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t page_size, Cache& cache,
+           Selection& selection, bool write, Output z) {
   if (!s.ends.combine) refuse("draft: this model has no layer for it");
   const int64_t* ids = read_tokens(s, tokens);
   const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), write);
@@ -378,11 +391,14 @@ std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
 NB_MODULE(_kernels, m) {
   table = &choose();
   m.def("isa", [] { return std::string(table->name); }, "The instruction set in use.");
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Table* t : supported()) names.emplace_back(t->name);
-    return names;
-  }, "Every instruction set of this build that this CPU has, the widest last.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Table* t : supported()) names.emplace_back(t->name);
+        return names;
+      },
+      "Every instruction set of this build that this CPU has, the widest last.");
 
   nb::class_<Matrix>(m, "Matrix", "A weight matrix in panels of 16 rows.")
       .def_prop_ro("rows", [](const Matrix& w) { return w.rows; })
@@ -396,51 +412,67 @@ NB_MODULE(_kernels, m) {
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), nb::arg("y").noconvert(), nb::arg("threads"),
         "y = x w^T. x f32 [T, D], y f32 [T, N]. x is rounded to bfloat16 unless w is f32; sums are fp32.");
 
-  m.def("expert_ffn", &expert_ffn, nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("experts"),
-        nb::arg("y").noconvert(), nb::arg("threads"),
-        "y += the weighted SwiGLUs of each token's experts. x, y f32 [T, D], ids i32 and weights f32 [T, K]; experts are "
-        "pairs (gate and up in alternating panels, down). Experts are added in rising order.");
+  m.def(
+      "expert_ffn", &expert_ffn, nb::arg("x"), nb::arg("ids"), nb::arg("weights"), nb::arg("experts"),
+      nb::arg("y").noconvert(), nb::arg("threads"),
+      "y += the weighted SwiGLUs of each token's experts. x, y f32 [T, D], ids i32 and weights f32 [T, K]; experts are "
+      "pairs (gate and up in alternating panels, down). Experts are added in rising order.");
   m.def("read_seconds", &read_seconds, nb::arg("data"), nb::arg("threads"), "Seconds to read a float32 array once.");
 
   nb::class_<Cache>(m, "Cache", "Latent rows and index keys of every layer, float32 or bfloat16.")
-      .def("__init__", [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows, bool as_float) {
-        if (rows % PANEL) refuse("rows: expected a multiple of 16, found " + std::to_string(rows));
-        new (self) Cache(read_dims(dims), has_index, rows, as_float);
-      }, nb::arg("dims"), nb::arg("has_index"), nb::arg("rows"), nb::arg("as_float"))
+      .def(
+          "__init__",
+          [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows, bool as_float) {
+            if (rows % PANEL) refuse("rows: expected a multiple of 16, found " + std::to_string(rows));
+            new (self) Cache(read_dims(dims), has_index, rows, as_float);
+          },
+          nb::arg("dims"), nb::arg("has_index"), nb::arg("rows"), nb::arg("as_float"))
       .def_ro("num_rows", &Cache::num_rows)
-      .def("rows", [](Cache& c, size_t layer) {
-        if (layer >= c.layers()) refuse("layer: expected one of " + std::to_string(c.layers()));
-        const size_t size = c.row_bytes(layer);
-        return nb::ndarray<nb::pytorch, uint8_t>(c.rows(layer), {size});
-      }, nb::arg("layer"), nb::rv_policy::reference_internal, "The bytes of a layer's rows, in place.")
-      .def("keys", [](Cache& c, size_t layer) {
-        if (layer >= c.layers() || !c.key_bytes(layer)) refuse("layer: expected one with an indexer");
-        const size_t size = c.key_bytes(layer);
-        return nb::ndarray<nb::pytorch, uint8_t>(c.keys(layer), {size});
-      }, nb::arg("layer"), nb::rv_policy::reference_internal, "The bytes of a layer's index keys, in panels, in place.")
+      .def(
+          "rows",
+          [](Cache& c, size_t layer) {
+            if (layer >= c.layers()) refuse("layer: expected one of " + std::to_string(c.layers()));
+            const size_t size = c.row_bytes(layer);
+            return nb::ndarray<nb::pytorch, uint8_t>(c.rows(layer), {size});
+          },
+          nb::arg("layer"), nb::rv_policy::reference_internal, "The bytes of a layer's rows, in place.")
+      .def(
+          "keys",
+          [](Cache& c, size_t layer) {
+            if (layer >= c.layers() || !c.key_bytes(layer)) refuse("layer: expected one with an indexer");
+            const size_t size = c.key_bytes(layer);
+            return nb::ndarray<nb::pytorch, uint8_t>(c.keys(layer), {size});
+          },
+          nb::arg("layer"), nb::rv_policy::reference_internal,
+          "The bytes of a layer's index keys, in panels, in place.")
       .def_prop_ro("num_bytes", &Cache::num_bytes);
   nb::class_<Selection>(m, "Selection", "The rows each token of a forward attends to.")
       .def(nb::init<>())
       .def("__getitem__", &take, nb::arg("tokens"), "The selections of some tokens, as a new one.");
   nb::class_<Stack>(m, "Stack", "Decoder layers over packed tokens, as one call.")
-      .def("__init__", [](Stack* self, const nb::dict& dims, size_t threads) {
-        new (self) Stack(read_dims(dims), *table, threads);
-      }, nb::arg("dims"), nb::arg("threads"))
+      .def(
+          "__init__",
+          [](Stack* self, const nb::dict& dims, size_t threads) { new (self) Stack(read_dims(dims), *table, threads); },
+          nb::arg("dims"), nb::arg("threads"))
       .def_rw("threads", &Stack::threads)
       .def_rw("top_k", &Stack::top_k)
       .def_ro("select_s", &Stack::select_s, "Seconds spent in the indexers' search so far.")
       .def("add_layer", &add_layer)
       .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("norm"), nb::arg("draft"), nb::keep_alive<1, 2>())
       .def("forward", &forward, nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
-           nb::arg("cache"), nb::arg("h").noconvert(), "h [T, D] of tokens i64 [T]; where i64 [3, T], tables i32 [S, P].")
+           nb::arg("cache"), nb::arg("h").noconvert(),
+           "h [T, D] of tokens i64 [T]; where i64 [3, T], tables i32 [S, P].")
       .def("draft", &draft, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
            nb::arg("cache"), nb::arg("selection"), nb::arg("write"), nb::arg("z").noconvert(),
            "z [T, D] of one drafting step. With write it writes rows and fills the selection, else it uses it.")
-      .def("linear", [](Stack& s, const Weights& w, Array x, Output y) {
-        const float* in = floats("x", x, {ANY, ANY});
-        require_matrix("w", w, ANY, x.shape(1));
-        float* out = floats_out("y", y, {x.shape(0), w->rows});
-        const nb::gil_scoped_release unlocked;
-        s.linear(*w, in, w->depth, x.shape(0), out, w->rows);
-      }, nb::arg("w"), nb::arg("x"), nb::arg("y").noconvert());
+      .def(
+          "linear",
+          [](Stack& s, const Weights& w, Array x, Output y) {
+            const float* in = floats("x", x, {ANY, ANY});
+            require_matrix("w", w, ANY, x.shape(1));
+            float* out = floats_out("y", y, {x.shape(0), w->rows});
+            const nb::gil_scoped_release unlocked;
+            s.linear(*w, in, w->depth, x.shape(0), out, w->rows);
+          },
+          nb::arg("w"), nb::arg("x"), nb::arg("y").noconvert());
 }

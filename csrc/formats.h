@@ -98,11 +98,11 @@ struct INT4 {
 #if defined(__AVX512F__)
   static Step load(const uint8_t* p) {
     // The index takes five bits, so the table stands twice and the other nibble's lowest bit does not matter.
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        static_cast<int16_t>(0xc100), static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc0c0),
-        static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc040),
-        static_cast<int16_t>(0xc000), static_cast<int16_t>(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0,
-        0x40e0));
+    const __m512i table = _mm512_broadcast_i64x4(
+        _mm256_setr_epi16(static_cast<int16_t>(0xc100), static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc0c0),
+                          static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc040),
+                          static_cast<int16_t>(0xc000), static_cast<int16_t>(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080,
+                          0x40a0, 0x40c0, 0x40e0));
     const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {{{_mm512_permutexvar_epi16(both, table)}, {_mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table)}}};
   }

@@ -36,15 +36,21 @@ void block_of_width(const Matrix& w, const uint8_t* data, size_t stride, size_t 
                     const typename F::Activation* x, float* out) {
   // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
   switch (width) {
-    case 1: return block<F, 4, 1>(w, data, stride, first, x, out);
-    case 2: return block<F, 4, 2>(w, data, stride, first, x, out);
-    case 4: return block<F, 4, 4>(w, data, stride, first, x, out);
-    case 8: return block<F, 2, 8>(w, data, stride, first, x, out);
-    default: return block<F, 2, TILE>(w, data, stride, first, x, out);
+    case 1:
+      return block<F, 4, 1>(w, data, stride, first, x, out);
+    case 2:
+      return block<F, 4, 2>(w, data, stride, first, x, out);
+    case 4:
+      return block<F, 4, 4>(w, data, stride, first, x, out);
+    case 8:
+      return block<F, 2, 8>(w, data, stride, first, x, out);
+    default:
+      return block<F, 2, TILE>(w, data, stride, first, x, out);
   }
 }
 
-// Every block of panels [begin, end), begin at a block's start, against every tile; ``each(panel, count, token, tokens, results)`` takes them.
+// Every block of panels [begin, end), begin at a block's start, against every tile; ``each(panel, count, token, tokens,
+// results)`` takes them.
 template <class F, class Each>
 void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t end, Each each) {
   static thread_local Buffer<uint8_t> decoded;
@@ -67,8 +73,10 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
     for (size_t t = 0; t < tokens; t += TILE) {
       const size_t live = std::min(TILE, tokens - t), width = tile_width(live);
       if constexpr (F::scaled) {
-        if (wide) block_of_width<ScaledBF16>(w, data, stride, first, width, tile, results);
-        else block_of_width<F>(w, data, stride, first, width, tile, results);
+        if (wide)
+          block_of_width<ScaledBF16>(w, data, stride, first, width, tile, results);
+        else
+          block_of_width<F>(w, data, stride, first, width, tile, results);
       } else {
         block_of_width<F>(w, data, stride, first, width, tile, results);
       }
@@ -81,11 +89,16 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
 template <class Each>
 void walk_any(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t end, Each each) {
   switch (w.format) {
-    case Format::f32: return walk<F32>(w, x, tokens, begin, end, each);
-    case Format::bf16: return walk<BF16>(w, x, tokens, begin, end, each);
-    case Format::int8: return walk<INT8>(w, x, tokens, begin, end, each);
-    case Format::int4: return walk<INT4>(w, x, tokens, begin, end, each);
-    case Format::fp8: return walk<FP8>(w, x, tokens, begin, end, each);
+    case Format::f32:
+      return walk<F32>(w, x, tokens, begin, end, each);
+    case Format::bf16:
+      return walk<BF16>(w, x, tokens, begin, end, each);
+    case Format::int8:
+      return walk<INT8>(w, x, tokens, begin, end, each);
+    case Format::int4:
+      return walk<INT4>(w, x, tokens, begin, end, each);
+    case Format::fp8:
+      return walk<FP8>(w, x, tokens, begin, end, each);
   }
 }
 
@@ -138,7 +151,8 @@ void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens,
     if (width == 1) return;
     // Pairs of bfloat16 stay together; single floats stand alone. Either is four bytes.
     const size_t words = padded * sizeof(T) / 4;
-    for (size_t k = 0; k < words; ++k) std::memcpy(reinterpret_cast<char*>(out) + (k * width + t) * 4, reinterpret_cast<char*>(row) + k * 4, 4);
+    for (size_t k = 0; k < words; ++k)
+      std::memcpy(reinterpret_cast<char*>(out) + (k * width + t) * 4, reinterpret_cast<char*>(row) + k * 4, 4);
   }
 }
 
@@ -150,8 +164,10 @@ void tile(bool as_float, const float* x, size_t stride, const int32_t* token, si
     const size_t first = i * TILE, live = std::min(TILE, tokens - first);
     const float* rows = token ? x : x + first * stride;
     const int32_t* picked = token ? token + first : nullptr;
-    if (as_float) tile_as(rows, stride, picked, live, depth, static_cast<float*>(out) + i * size);
-    else tile_as(rows, stride, picked, live, depth, static_cast<bf16*>(out) + i * size);
+    if (as_float)
+      tile_as(rows, stride, picked, live, depth, static_cast<float*>(out) + i * size);
+    else
+      tile_as(rows, stride, picked, live, depth, static_cast<bf16*>(out) + i * size);
   }
 }
 

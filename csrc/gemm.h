@@ -5,11 +5,13 @@
 
 namespace NS {
 
-// out[p][t] = sum over k of panel p [row, k] * x[k, t], one row in each lane; `stride` bytes lie between two steps. k runs upwards in one chain for each
-// element, whatever P and T are; formats with scales close a chain at the end of every group.
+// out[p][t] = sum over k of panel p [row, k] * x[k, t], one row in each lane; `stride` bytes lie between two steps. k
+// runs upwards in one chain for each element, whatever P and T are; formats with scales close a chain at the end of
+// every group.
 template <class F, int P, int T>
-inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const float* const (&scale)[P], size_t scale_stride,
-                     size_t steps, size_t group, const typename F::Activation* x, F16 (&out)[P][T]) {
+inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const float* const (&scale)[P],
+                     size_t scale_stride, size_t steps, size_t group, const typename F::Activation* x,
+                     F16 (&out)[P][T]) {
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }
@@ -24,7 +26,8 @@ inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const floa
       if constexpr (F::format == Format::f32) {
         for (size_t k = 0; k < STEP; ++k) {
           F16 w[P];
-          for (int p = 0; p < P; ++p) w[p] = F16::load(reinterpret_cast<const float*>(panel[p] + step * stride) + k * LANES);
+          for (int p = 0; p < P; ++p)
+            w[p] = F16::load(reinterpret_cast<const float*>(panel[p] + step * stride) + k * LANES);
           for (int t = 0; t < T; ++t) {
             const F16 b = F16::all(x[k * T + t]);
             for (int p = 0; p < P; ++p) acc[p][t].fma(w[p], b);

@@ -1,7 +1,8 @@
 // The lightning indexer: scores of a stretch of keys, and the best of them, in one pass.
 //
 // Keys lie in panels of 16 rows like a weight matrix, so a score is a product of a panel with the heads of one token.
-// Candidates are kept in a buffer of fixed size, whatever the context's length. Higher scores win, then lower positions.
+// Candidates are kept in a buffer of fixed size, whatever the context's length. Higher scores win, then lower
+// positions.
 #include <algorithm>
 
 #include "gemm.h"
@@ -44,11 +45,20 @@ void score(const IndexArgs& a, const uint8_t* const* panels, float* out) {
   for (size_t x = 0; x < a.heads; x += TILE) {
     const size_t live = std::min(TILE, a.heads - x), width = tile_width(live);
     switch (width) {
-      case 1: add_heads<F, 4, 1>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
-      case 2: add_heads<F, 4, 2>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
-      case 4: add_heads<F, 4, 4>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
-      case 8: add_heads<F, 2, 8>(panels, a.depth, q, a.weights + x, live, a.scale, total); break;
-      default: add_heads<F, 2, TILE>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+      case 1:
+        add_heads<F, 4, 1>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+        break;
+      case 2:
+        add_heads<F, 4, 2>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+        break;
+      case 4:
+        add_heads<F, 4, 4>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+        break;
+      case 8:
+        add_heads<F, 2, 8>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+        break;
+      default:
+        add_heads<F, 2, TILE>(panels, a.depth, q, a.weights + x, live, a.scale, total);
     }
     q += width * a.depth;
   }
@@ -105,8 +115,10 @@ void write_key_as(const float* x, size_t depth, T* pool, size_t row) {
 }
 
 void write_key(const float* x, size_t depth, bool as_float, void* pool, size_t row) {
-  if (as_float) write_key_as(x, depth, static_cast<float*>(pool), row);
-  else write_key_as(x, depth, static_cast<bf16*>(pool), row);
+  if (as_float)
+    write_key_as(x, depth, static_cast<float*>(pool), row);
+  else
+    write_key_as(x, depth, static_cast<bf16*>(pool), row);
 }
 
 }  // namespace

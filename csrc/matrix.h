@@ -1,8 +1,8 @@
 // A weight matrix as the kernels read it, and activations as they take them. Knows layouts, no instruction set.
 //
 // Rows come in panels of 16, one lane each; along a row four values make a step. Four panels make a block, whose steps
-// take turns, so that a block is one stream of memory. A product with one token or with twelve walks it in the same order,
-// and no sum is ever taken across lanes.
+// take turns, so that a block is one stream of memory. A product with one token or with twelve walks it in the same
+// order, and no sum is ever taken across lanes.
 //
 //   block:  step 0 of panels 0 1 2 3 | step 1 of panels 0 1 2 3 | ...     (the last block may hold fewer panels)
 //   step:   16 rows x 4 values, in pairs (see formats.h)

@@ -62,8 +62,10 @@ void score(const MlaArgs& a, const typename E::Value* q, float* scores, size_t p
     for (size_t r = 0; r < ROWS; ++r) row[r] = pool + a.ids[std::min(i + r, a.count - 1)] * a.row_stride;
     if (i + 2 * ROWS < a.count) {
       for (size_t r = 0; r < ROWS; ++r) {
-        const auto* next = reinterpret_cast<const char*>(pool + a.ids[std::min(i + ROWS + r, a.count - 1)] * a.row_stride);
-        for (size_t line = 0; line < a.row_stride * sizeof(typename E::Value); line += 64) __builtin_prefetch(next + line);
+        const auto* next =
+            reinterpret_cast<const char*>(pool + a.ids[std::min(i + ROWS + r, a.count - 1)] * a.row_stride);
+        for (size_t line = 0; line < a.row_stride * sizeof(typename E::Value); line += 64)
+          __builtin_prefetch(next + line);
       }
     }
     F16 acc[H][ROWS];
@@ -152,8 +154,10 @@ void attend_as(const MlaArgs& a, size_t begin, size_t end, float* out) {
 }
 
 void attend(const MlaArgs& a, size_t begin, size_t end, float* out) {
-  if (a.as_float) attend_as<Float>(a, begin, end, out);
-  else attend_as<Half>(a, begin, end, out);
+  if (a.as_float)
+    attend_as<Float>(a, begin, end, out);
+  else
+    attend_as<Half>(a, begin, end, out);
 }
 
 void write_row(const float* x, size_t n, size_t stride, bool as_float, void* pool, size_t row) {
@@ -161,8 +165,10 @@ void write_row(const float* x, size_t n, size_t stride, bool as_float, void* poo
     narrow(x, n, to);
     std::memset(to + n, 0, (stride - n) * sizeof(*to));
   };
-  if (as_float) write(static_cast<float*>(pool) + row * stride);
-  else write(static_cast<bf16*>(pool) + row * stride);
+  if (as_float)
+    write(static_cast<float*>(pool) + row * stride);
+  else
+    write(static_cast<bf16*>(pool) + row * stride);
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ template <class T>
 void pack_panel(const Source& s, Matrix& m, size_t p) {
   uint8_t* out = m.data.data() + m.panel_at(p);
   const size_t stride = m.panel_stride(p), bytes = step_bytes(m.format);
-  for (size_t step = 0; step < m.steps(); ++step) std::memset(out + step * stride, m.format == Format::int4 ? 0x88 : 0, bytes);
+  for (size_t step = 0; step < m.steps(); ++step)
+    std::memset(out + step * stride, m.format == Format::int4 ? 0x88 : 0, bytes);
   const auto* data = static_cast<const T*>(s.data);
   for (size_t r = 0; r < PANEL && p * PANEL + r < m.rows; ++r) {
     const T* row = data + (p * PANEL + r) * m.depth;
@@ -64,10 +65,17 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
     for (size_t p = begin; p < end; ++p) {
       switch (s.format) {
-        case Format::f32: pack_panel<float>(s, *m, p); break;
-        case Format::bf16: pack_panel<uint16_t>(s, *m, p); break;
-        case Format::fp8: pack_panel<uint8_t>(s, *m, p); break;
-        default: pack_panel<int8_t>(s, *m, p);
+        case Format::f32:
+          pack_panel<float>(s, *m, p);
+          break;
+        case Format::bf16:
+          pack_panel<uint16_t>(s, *m, p);
+          break;
+        case Format::fp8:
+          pack_panel<uint8_t>(s, *m, p);
+          break;
+        default:
+          pack_panel<int8_t>(s, *m, p);
       }
       if (m->group) pack_scales(s, *m, p);
     }

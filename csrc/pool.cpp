@@ -56,8 +56,10 @@ class Worker {
     int expected = POSTED;
     if (state_.compare_exchange_strong(expected, IDLE)) return;
     for (int i = 0; state_.load(std::memory_order_acquire) != IDLE; ++i) {
-      if (i < SPINS) PAUSE;
-      else std::this_thread::yield();
+      if (i < SPINS)
+        PAUSE;
+      else
+        std::this_thread::yield();
     }
   }
 

@@ -17,7 +17,10 @@ size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
 }  // namespace
 
 Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float)
-    : num_rows(rows), row_stride(round_up(d.latent + d.rotary, ROW_PAD)), as_float(as_float), rows_(has_index.size()),
+    : num_rows(rows),
+      row_stride(round_up(d.latent + d.rotary, ROW_PAD)),
+      as_float(as_float),
+      rows_(has_index.size()),
       keys_(has_index.size()) {
   const size_t value = as_float ? sizeof(float) : 2;
   for (size_t i = 0; i < has_index.size(); ++i) {
@@ -89,8 +92,10 @@ void Stack::embed(const int64_t* tokens, size_t count, float* x) {
   const size_t D = dims_.hidden;
   for (size_t t = 0; t < count; ++t) {
     const size_t at = static_cast<size_t>(tokens[t]) * D;
-    if (ends.as_float) std::memcpy(x + t * D, static_cast<const float*>(ends.embedding) + at, D * sizeof(float));
-    else table_.norm.widen(static_cast<const uint16_t*>(ends.embedding) + at, D, x + t * D);
+    if (ends.as_float)
+      std::memcpy(x + t * D, static_cast<const float*>(ends.embedding) + at, D * sizeof(float));
+    else
+      table_.norm.widen(static_cast<const uint16_t*>(ends.embedding) + at, D, x + t * D);
   }
 }
 
@@ -101,7 +106,8 @@ void Stack::forward(const int64_t* tokens, const Batch& b, Cache& cache, float* 
   norm(ends.norm, x, b.tokens, h);
 }
 
-void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z) {
+void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write,
+                  float* z) {
   const size_t T = b.tokens, D = dims_.hidden;
   float *x = x_.reserve(T * D), *both = both_.reserve(2 * T * D);
   embed(tokens, T, x);
@@ -120,8 +126,10 @@ void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selectio
     const Layer& l = layers[i];
     attention(l, i, b, cache, selection, write, x);
     norm(l.post_norm, x, b.tokens, h_.reserve(b.tokens * dims_.hidden));
-    if (l.router) sparse(l, b.tokens, x);
-    else dense(l.dense, b.tokens, x);
+    if (l.router)
+      sparse(l, b.tokens, x);
+    else
+      dense(l.dense, b.tokens, x);
   }
 }
 
@@ -141,7 +149,8 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
     products({{l.a.get(), tile, a, a_width}}, T);
   }
   latents(l, index, b, cache, write, a_width);
-  products({{l.q.get(), tiled(*l.q, q_latent_.data(), dims_.query_rank, T, tile_q_), q_.reserve(T * q_width), q_width}}, T);
+  products({{l.q.get(), tiled(*l.q, q_latent_.data(), dims_.query_rank, T, tile_q_), q_.reserve(T * q_width), q_width}},
+           T);
   queries(l, T, q_width);
   if (selects) {
     const auto began = std::chrono::steady_clock::now();
@@ -219,9 +228,16 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
       float* q = tile.reserve(tiled_size(d.index_heads, d.index_dim));
       table_.gemm.tile(cache.as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
                        d.index_heads, d.index_dim, q, 0, num_tiles(d.index_heads));
-      const IndexArgs args = {cache.as_float, q, index_w_.data() + t * d.index_heads, d.index_heads, d.index_dim,
-                              cache.keys(index), b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width,
-                              b.page_size, G, scale};
+      const IndexArgs args = {cache.as_float,
+                              q,
+                              index_w_.data() + t * d.index_heads,
+                              d.index_heads,
+                              d.index_dim,
+                              cache.keys(index),
+                              b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width,
+                              b.page_size,
+                              G,
+                              scale};
       found[u] = table_.index.scan(args, std::min(part * share, visible), std::min((part + 1) * share, visible),
                                    best + u * room);
     }
@@ -246,7 +262,8 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
       }
       for (size_t i = 0; i < count; ++i) {
         const size_t position = static_cast<size_t>(out[i]);
-        out[i] = static_cast<int32_t>(static_cast<size_t>(table[position / b.page_size]) * b.page_size + position % b.page_size);
+        out[i] = static_cast<int32_t>(static_cast<size_t>(table[position / b.page_size]) * b.page_size +
+                                      position % b.page_size);
       }
     }
   });
@@ -256,16 +273,18 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
 void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width) {
   const Dims& d = dims_;
   const size_t T = b.tokens, H = d.heads, C = d.latent, head = d.nope + d.rotary;
-  float *absorbed = q_absorbed_.reserve(T * H * C), *latent = o_latent_.reserve(T * H * C), *o = o_.reserve(T * H * d.value);
+  float *absorbed = q_absorbed_.reserve(T * H * C), *latent = o_latent_.reserve(T * H * C),
+        *o = o_.reserve(T * H * d.value);
   // One product for each head, its tokens tiled by whoever computes it.
-  const auto per_head = [&](const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride, float* y,
-                            size_t y_head) {
+  const auto per_head = [&](const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride,
+                            float* y, size_t y_head) {
     pool::each(H, 1, threads, [&](size_t begin, size_t end) {
       static thread_local Buffer<float> tile;
       for (size_t i = begin; i < end; ++i) {
         const Matrix& w = *weights[i];
         float* tiles = tile.reserve(tiled_size(T, w.depth));
-        table_.gemm.tile(w.format == Format::f32, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0, num_tiles(T));
+        table_.gemm.tile(w.format == Format::f32, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0,
+                         num_tiles(T));
         table_.gemm.linear(w, tiles, T, y + i * y_head, H * y_head, 0, w.panels());
       }
     });
@@ -276,9 +295,17 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
   pool::each(T * per_token, 1, threads, [&](size_t begin, size_t end) {
     for (size_t u = begin; u < end; ++u) {
       const size_t t = u / per_token, first = u % per_token * HEADS;
-      const MlaArgs args = {cache.as_float, cache.rows(index), cache.row_stride, C, d.rotary, head, absorbed + t * H * C,
-                            q_.data() + t * width + d.nope, s.ids.data() + t * s.width,
-                            static_cast<size_t>(s.counts.data()[t]), scale};
+      const MlaArgs args = {cache.as_float,
+                            cache.rows(index),
+                            cache.row_stride,
+                            C,
+                            d.rotary,
+                            head,
+                            absorbed + t * H * C,
+                            q_.data() + t * width + d.nope,
+                            s.ids.data() + t * s.width,
+                            static_cast<size_t>(s.counts.data()[t]),
+                            scale};
       table_.mla.attend(args, first, std::min(first + HEADS, H), latent + t * H * C);
     }
   });
@@ -295,7 +322,8 @@ void Stack::dense(const Expert& e, size_t T, float* x) {
   });
   const void* down = tiled(*e.down, hidden, F, T, tile_hidden_);
   pool::each(blocks(e.down->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
-    table_.gemm.linear_add(*e.down, down, T, nullptr, nullptr, x, D, begin * BLOCK, std::min(end * BLOCK, e.down->panels()));
+    table_.gemm.linear_add(*e.down, down, T, nullptr, nullptr, x, D, begin * BLOCK,
+                           std::min(end * BLOCK, e.down->panels()));
   });
 }
 

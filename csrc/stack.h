@@ -1,4 +1,5 @@
-// A whole decoder over packed tokens as one call: every layer's products, attention and experts, without Python between.
+// A whole decoder over packed tokens as one call: every layer's products, attention and experts, without Python
+// between.
 //
 // Knows the architecture and no instruction set: it calls a table of kernels. Sums are taken in one order for each
 // token, so a token's bits depend neither on the others in the batch nor on the threads.
@@ -27,8 +28,8 @@ struct Expert {
 
 struct Layer {
   Vector input_norm, post_norm, q_norm, kv_norm;
-  Weights a;                       // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
-  Weights q;                       // rows of q_b_proj and, with an indexer, wq_b
+  Weights a;                        // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
+  Weights q;                        // rows of q_b_proj and, with an indexer, wq_b
   std::vector<Weights> key, value;  // of each head: kv_b_proj's key rows transposed [C, A], value rows [V, C]
   Weights o;
   Weights index_weights;  // weights_proj; null where the indices of a layer below are shared
@@ -138,7 +139,8 @@ class Stack {
   const Table& table_;
   // Scratch, kept between calls.
   Selection selection_;
-  Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_, weights_;
+  Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
+      weights_;
   Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
   Buffer<float> sorted_weights_;
   Buffer<int32_t> ids_, sorted_tokens_;

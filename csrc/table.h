@@ -85,13 +85,13 @@ struct Table {
   const Stream& stream;
 };
 
-#define GLM52_DECLARE(NS)       \
-  namespace NS {                \
-  extern const Gemm gemm;       \
-  extern const Norm norm;       \
-  extern const Mla mla;         \
-  extern const Index index;     \
-  extern const Stream stream;   \
+#define GLM52_DECLARE(NS)     \
+  namespace NS {              \
+  extern const Gemm gemm;     \
+  extern const Norm norm;     \
+  extern const Mla mla;       \
+  extern const Index index;   \
+  extern const Stream stream; \
   }
 GLM52_DECLARE(base)
 GLM52_DECLARE(avx2)
