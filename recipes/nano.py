@@ -46,9 +46,9 @@ def recipe() -> Recipe:
                   muon_lr=0.012, adam_lr=2e-3, decay_fraction=0.9, final_lr=0.25),
             Stage(name="long", tokens=800_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
                   muon_lr=4e-3, adam_lr=6e-4, distill_every=8),
-            Stage(name="indexer", tokens=196_608, mixture=LONG, window=4096, trainable="indexer", warmup_steps=4,
-                  adam_lr=2e-3, decay_fraction=0.5, final_lr=0.1, distill_every=1),
-            Stage(name="sparse", tokens=400_000, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
-                  muon_lr=4e-3, adam_lr=6e-4, decay_fraction=1.0, index_topk=256, distill_every=2),
+            Stage(name="indexer", tokens=327_680, mixture=LONG, window=4096, trainable="indexer", warmup_steps=2,
+                  adam_lr=1.5e-2, decay_fraction=0.6, final_lr=0.1, distill_every=1),
+            Stage(name="sparse", tokens=196_608, mixture=LONG, window=4096, warmup_steps=1, prompt_weight=0.1,
+                  muon_lr=3e-3, adam_lr=5e-4, decay_fraction=1.0, index_topk=256, distill_every=2),
         ),
     )  # fmt: skip
