@@ -34,13 +34,11 @@ HELP = """\
 /exit               leave (also Ctrl-D)"""
 EXAMPLES = """\
 What is 347+589?
-Sort: 41, 7, 93, 12
+81 - 37 = ?
+Repeat: "blue garden"
+Who wrote the book about the river?
 Extract name, age as JSON: Maria is a 34 year old nurse from Oslo.
-How many r's are in cherry?
-Reverse the word garden.
-Write a Python function f(x) that returns x times 7.
-Ben: 4821, Zoe: 9034, Paul: 1177. What is Zoe?
-Anna has 12 books and gives 5 to Leo. How many books are left?"""
+Write a Python function f(x) that returns x times 7."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
