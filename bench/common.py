@@ -3,13 +3,13 @@
 import json
 import platform
 import subprocess
-import time
 from functools import cache
 from typing import Any
 
 import torch
 
 from glm52 import ops
+from glm52.train.command import matmul_peak_flops
 
 
 @cache
@@ -23,16 +23,10 @@ def read_bandwidth(threads: int, repeats: int = 3) -> float:
     return data.nbytes / min(ops.kernels().read_seconds(data, threads) for _ in range(repeats))
 
 
-def matmul_peak(threads: int, size: int = 2048, repeats: int = 4) -> float:
+def matmul_peak(threads: int) -> float:
     """bf16 FLOP/s of torch's own matrix product: the best of a few."""
     torch.set_num_threads(threads)
-    a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return matmul_peak_flops(size=2048, repeats=4)
 
 
 def finish(results: dict[str, Any]) -> None:

@@ -70,19 +70,20 @@ template <class F>
 size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
   const size_t room = 2 * a.keep + BLOCK * PANEL, panel_bytes = a.depth * PANEL * sizeof(typename F::Activation);
   const auto* pool = static_cast<const uint8_t*>(a.keys);
+  const auto panel_of = [&](size_t position) {
+    const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
+    return pool + row / PANEL * panel_bytes;
+  };
   size_t size = 0;
   uint64_t threshold = 0;
   for (size_t at = begin; at < end; at += BLOCK * PANEL) {
     const uint8_t* panels[BLOCK];
     for (size_t p = 0; p < BLOCK; ++p) {
       const size_t position = std::min(at + p * PANEL, (end - 1) / PANEL * PANEL);
-      const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
-      panels[p] = pool + row / PANEL * panel_bytes;
+      panels[p] = panel_of(position);
     }
     if (at + 2 * BLOCK * PANEL <= end) {  // the next block, on its way while this one is scored
-      const size_t position = at + BLOCK * PANEL;
-      const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
-      const auto* next = reinterpret_cast<const char*>(pool + row / PANEL * panel_bytes);
+      const uint8_t* next = panel_of(at + BLOCK * PANEL);
       for (size_t line = 0; line < BLOCK * panel_bytes; line += 64) __builtin_prefetch(next + line);
     }
     float scores[BLOCK * PANEL];

@@ -1,7 +1,7 @@
 """The operators of the model: one contract, several bodies. This is the only door to kernels.
 
-``reference`` defines every operator and is differentiable; compiled bodies replace it where no gradient is needed and
-the extension was built. What a body may change is speed and, within the stated bound, rounding.
+``reference`` defines every operator and is differentiable. The compiled body is a whole decoder that ``native`` drives
+through ``kernels()``; what it may change is speed and, within the stated bound, rounding.
 ``GLM52_BACKEND=reference`` keeps to the reference.
 """
 

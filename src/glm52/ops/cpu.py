@@ -1,4 +1,4 @@
-"""The compiled bodies: thin, allocating their outputs, for torch tensors that need no gradient."""
+"""Finds the native extension, and says so once where there is none."""
 
 import logging
 from importlib import import_module
