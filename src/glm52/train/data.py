@@ -89,13 +89,20 @@ def windows(shards: Shards, mixture: Mapping[str, float], window: int, seed: int
         yield pieces
 
 
-def materialize(shards: Shards, batch: list[list[Piece]], window: int, pad_id: int, prompt_weight: float) -> Batch:
-    """Tensors of a list of windows. prompt_weight: the weight of chat tokens that the assistant does not produce."""
+def materialize(
+    shards: Shards, batch: list[list[Piece]], window: int, pad_id: int, prompt_weight: float, stretch: int = 0
+) -> Batch:
+    """Tensors of a list of windows. prompt_weight: the weight of chat tokens that the assistant does not produce.
+
+    stretch: if set, half of the documents skip positions at two places, so that they seem up to this long: distances
+    are learned that the window does not hold. Source: Zhu et al., PoSE (arXiv 2309.10400).
+    """
     B = len(batch)
     tokens = np.full((B, window), pad_id, dtype=np.int64)
     targets, weight = tokens.copy(), np.zeros((B, window), dtype=np.float32)
     draft_targets, draft_weight = tokens.copy(), weight.copy()
     lengths: list[int] = []
+    skips: list[np.ndarray] = []
     for b, pieces in enumerate(batch):
         at = 0
         for piece in pieces:
@@ -111,8 +118,22 @@ def materialize(shards: Shards, batch: list[list[Piece]], window: int, pad_id: i
                 out[b, at : at + count] = ids[ahead : ahead + count]
                 out_weight[b, at : at + count] = w[ahead : ahead + count]
             lengths.append(n)
+            skips.append(_skips(n, stretch, piece.begin))
             at += n
         if at < window:
             lengths.append(window - at)
+            skips.append(np.zeros(window - at, dtype=np.int64))
+    spans = Spans.of_documents(lengths, window)
+    if stretch:
+        spans.positions_T.add_(torch.from_numpy(np.concatenate(skips)))
     flat = [torch.from_numpy(x.reshape(-1)) for x in (tokens, targets, weight, draft_targets, draft_weight)]
-    return Batch(flat[0], flat[1], flat[2], flat[3], flat[4], Spans.of_documents(lengths, window))
+    return Batch(flat[0], flat[1], flat[2], flat[3], flat[4], spans)
+
+
+def _skips(length: int, stretch: int, seed: int) -> np.ndarray:
+    """What to add to each position of a document: for half of the documents zero, else a staircase of two steps."""
+    rng = np.random.default_rng(seed)
+    if length >= stretch or rng.random() < 0.5:
+        return np.zeros(length, dtype=np.int64)
+    places, steps = rng.integers(0, length, 2), rng.integers(0, (stretch - length) // 2 + 1, 2)
+    return ((np.arange(length)[:, None] >= places) * steps).sum(1)

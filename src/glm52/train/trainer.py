@@ -40,7 +40,8 @@ class Stage:
     tokens: how many to see. mixture: bucket -> share. window, batch_tokens, micro_tokens: length of a window, tokens of
     an optimizer step over all processes, and tokens of one forward. index_topk: rows a query selects in this stage (at
     least ``window`` means dense). distill_every: steps between indexer-distillation losses (0 = never).
-    prompt_weight: loss weight of chat tokens that the assistant does not produce.
+    prompt_weight: loss weight of chat tokens that the assistant does not produce. stretch: length up to which documents
+    of a dense stage may be pulled apart by skipping positions (0 = none).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     decay_fraction: float = 0.0
     final_lr: float = 0.0
     prompt_weight: float = 0.3
+    stretch: int = 0
     mtp_weight: float = 0.3
     index_topk: int = 1 << 30
     distill_every: int = 0
@@ -157,7 +159,12 @@ class Trainer:
         per_micro = max(1, stage.micro_tokens // stage.window)
         micro = [
             materialize(
-                self.shards, mine[i : i + per_micro], stage.window, self.recipe.config.pad_token_id, stage.prompt_weight
+                self.shards,
+                mine[i : i + per_micro],
+                stage.window,
+                self.recipe.config.pad_token_id,
+                stage.prompt_weight,
+                stage.stretch,
             )
             for i in range(0, len(mine), per_micro)
         ]
