@@ -1,8 +1,8 @@
 """A training step of the shipped model's configuration: this package against transformers, interleaved in one run.
 
-Both see the same batch shape, the recipe's: 8,192 tokens a step in micro-batches of 4,096; bf16 autocast with fp32
-weights, one thread, forward + backward + optimizer. Ours does more work: Muon instead of AdamW, and in the second row the
-MTP layer with its loss, which transformers lacks.
+Both see the recipe's step: 8,192 tokens in micro-batches of 4,096, bf16 autocast with fp32 weights, one thread,
+forward, backward and optimizer. Ours does more work: Muon instead of AdamW, and in the second row the MTP layer
+with its loss, which transformers lacks.
 
     python -m bench.training [--steps 5] [--batch 16] [--window 512]
 """

@@ -77,8 +77,10 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor, spans: Spans, G: i
     """Rows of the G best-scored keys each token may see -> ids_TG int32, in order of position, -1 at the end.
 
     Causal; ties go to the lowest position. With G or fewer visible keys all are taken and nothing is scored. The width
-    is min(G, longest context). Scratch is bounded by tiles of queries.
+    is min(G, longest context), in the training layout min(G, window). Scratch is bounded by tiles of queries.
     """
+    if spans.window:
+        return _select_in_windows(q_TXI, w_TX, keys_NI, spans.seq_T.view(-1, spans.window), G)
     width = min(G, spans.max_length)
     ids_TG = torch.full((spans.num_tokens, width), -1, dtype=torch.int32)
     counts = torch.bincount(spans.seq_T, minlength=len(spans.lengths_S)).tolist()
@@ -101,11 +103,21 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor, spans: Spans, G: i
     return ids_TG
 
 
+def _select_in_windows(q_TXI: Tensor, w_TX: Tensor, keys_TI: Tensor, seq_BW: Tensor, G: int) -> Tensor:
+    """``select_rows`` where a token's context lies in its own window: the same shapes whatever documents it holds."""
+    B, W = seq_BW.shape
+    scores = index_scores(*(x.unflatten(0, (B, W)) for x in (q_TXI, w_TX, keys_TI)))
+    visible = _visible(seq_BW, 0, W)
+    chosen = visible & _is_top(scores.masked_fill(~visible, -torch.inf), min(G, W))
+    rows = torch.arange(B * W).view(B, 1, W).expand(B, W, W)
+    return _pack(chosen.flatten(0, 1), rows.flatten(0, 1), min(G, W))
+
+
 def _is_top(scores_TN: Tensor, G: int) -> Tensor:
     """Mask of the G largest of each row, ties to the lowest index."""
-    last = scores_TN.topk(G, dim=-1, sorted=True).values[:, -1:]
+    last = scores_TN.topk(G, dim=-1, sorted=True).values[..., -1:]
     above, tied = scores_TN > last, scores_TN == last
-    return above | (tied & (tied.cumsum(1) <= G - above.sum(1, keepdim=True)))
+    return above | (tied & (tied.cumsum(-1) <= G - above.sum(-1, keepdim=True)))
 
 
 def _pack(chosen_TN: Tensor, rows_N: Tensor, width: int) -> Tensor:

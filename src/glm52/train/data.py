@@ -138,4 +138,5 @@ def _skips(length: int, stretch: int, seed: int) -> np.ndarray:
     if length >= stretch or rng.random() < 0.5:
         return np.zeros(length, dtype=np.int64)
     places, steps = rng.integers(1, max(length, 2), 2), rng.integers(0, (stretch - length) // 2 + 1, 2)
-    return ((np.arange(length)[:, None] >= places) * steps).sum(1)
+    skips: np.ndarray = ((np.arange(length)[:, None] >= places) * steps).sum(1)
+    return skips
