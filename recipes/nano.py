@@ -74,7 +74,7 @@ def recipe() -> Recipe:
                   prompt_weight=0.1, muon_lr=0.01, adam_lr=1.5e-3, decay_fraction=0.85, final_lr=0.08),
             Stage(name="reindex", tokens=491_520, mixture=WIDE, window=4096, trainable="indexer", warmup_steps=2,
                   adam_lr=1.5e-2, decay_fraction=0.7, final_lr=0.05, distill_every=1),
-            Stage(name="draft", tokens=1_500_000, mixture=FORMS, window=1024, trainable="mtp", draft_depth=3,
+            Stage(name="draft", tokens=802_816, mixture=FORMS, window=1024, trainable="mtp", draft_depth=3,
                   warmup_steps=5, prompt_weight=0.1, muon_lr=0.01, adam_lr=1e-3, decay_fraction=0.8, final_lr=0.05),
         ),
     )  # fmt: skip
