@@ -1,0 +1,330 @@
+"""What a reply may be, as a grammar: JSON by schema, a pattern, a choice, or calls in GLM's own form.
+
+A ``Grammar`` is text, in llguidance's dialect of Lark; the engine compiles it over a vocabulary and masks with it what
+follows the reasoning. The grammar of calls accepts only what ``ReplyParser`` reads back as arguments that are valid
+against the tool's schema. What a schema says and the grammar does not hold is named in ``warnings``, never dropped
+silently:
+
+    properties, required, additionalProperties of the parameters' own level are held, in any order of the arguments;
+    where properties are declared and additionalProperties is not, there are no others;
+    a string argument is raw text: enum, const, pattern, minLength and maxLength are held, format is not;
+    every other argument is JSON by its schema, as far as llguidance knows the keywords.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from glm52.chat import (
+    CALL,
+    END_CALL,
+    END_KEY,
+    END_THINK,
+    END_VALUE,
+    KEY,
+    THINK,
+    VALUE,
+    argument_types,
+    resolve_reference,
+)
+from glm52.errors import RequestError
+
+Schema = Mapping[str, Any]
+
+# Text that spells a marker out would be read as one. Special tokens themselves are no part of any text.
+_TEXT = rf"/(?s:.*)/ & ~/(?s:.*)({THINK}|{END_THINK}|{CALL})(?s:.*)/".replace("</", r"<\/")
+_RAW = rf"/(?s:.*)/ & ~/(?s:.*)({END_VALUE}|{END_CALL})(?s:.*)/".replace("</", r"<\/")
+_FREE_KEY = r"/[^\s<>]{1,64}/"
+# Raw text that cannot be read as a number, a list or an object: see ``chat.read_value``.
+_NOT_JSON = r"/([^\s\x00-\x20\x85\xa00-9+\-.\[{(](?s:.*))?/"
+# White space inside JSON: enough for any indentation, too little to go on for ever.
+_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t\r]{1,40}"}
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_LONGEST = 100_000  # characters that a length is counted to
+_MOST_UNORDERED = 60  # arguments whose order is free; the set of those given is a 64-bit number
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """source: a grammar for llguidance. param: the field of the request that errors name. warnings: what it leaves
+    open."""
+
+    source: str
+    param: str = "grammar"
+    warnings: tuple[str, ...] = ()
+
+    @staticmethod
+    def json_schema(schema: Schema, *, strict: bool = True, param: str = "response_format") -> "Grammar":
+        """One JSON value by a schema. Unless strict, keywords that llguidance does not know are warnings."""
+        options = {**_JSON_OPTIONS, "lenient": not strict}
+        body = json.dumps({**without_unknown_formats(schema), "x-guidance": options}, ensure_ascii=False)
+        return Grammar(f"start: %json {body}", param)
+
+    @staticmethod
+    def json_object(param: str = "response_format") -> "Grammar":
+        return Grammar.json_schema({"type": "object"}, param=param)
+
+    @staticmethod
+    def regex(pattern: str, param: str = "regex") -> "Grammar":
+        """The whole reply matches; ^ and $ at its ends may be written or not."""
+        body = full_match(pattern, search=False)
+        if body is None:
+            raise RequestError(f"{param}: ^ and $ are understood at the ends of the pattern only", param=param)
+        return Grammar(f"start: {_slashes(body)}", param)
+
+    @staticmethod
+    def choice(options: Sequence[str], param: str = "choice") -> "Grammar":
+        if not options:
+            raise RequestError(f"{param}: expected at least one text, found none", param=param)
+        return Grammar(f"start: {' | '.join(map(_quoted, options))}", param)
+
+    @staticmethod
+    def lark(source: str, param: str = "grammar") -> "Grammar":
+        """Lark as llguidance understands it, or llama.cpp's EBNF (GBNF), told apart by ``::=``."""
+        if "::=" in source:
+            from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+            try:
+                source = any_to_lark(source)
+            except (GbnfToLarkError, ValueError, IndexError) as error:
+                raise RequestError(f"{param}: not a grammar in EBNF ({error})", param=param) from error
+        return Grammar(source, param)
+
+    @staticmethod
+    def tool_calls(
+        tools: Sequence[Schema],
+        choice: Literal["auto", "required", "none"] | str = "auto",
+        *,
+        parallel: bool = True,
+        name: str | None = None,
+        schema: Schema | None = None,
+        param: str = "tools",
+    ) -> "Grammar":
+        """Calls of OpenAI-style tools. auto: text, then calls or none; required: calls at once; none: text alone. name:
+        a call of this tool. schema: what the text must be, if there is any."""
+        definitions = {d["name"]: d.get("parameters") for d in (t.get("function", t) for t in tools)}
+        if name is not None and name not in definitions:
+            raise RequestError(f"tool_choice: no tool is called {name!r}; there are {sorted(definitions)}",
+                               param="tool_choice")  # fmt: skip
+        rules = _Rules()
+        text = rules.terminal(_TEXT) if schema is None else rules.json(schema, "the answer") or rules.terminal(_TEXT)
+        named = definitions if name is None else {name: definitions[name]}
+        calls = "" if choice == "none" else " | ".join(_call(rules, n, p) for n, p in named.items())
+        one = rules.rule(f"{CALL} ({calls}) {END_CALL}") if calls else ""
+        several = one if name is not None or not parallel else f"{one}+"
+        if not calls:
+            start = text
+        elif name is not None or choice == "required":
+            start = several
+        else:
+            start = f"{text} ({several})?" if schema is None else f"{text} | {several}"
+        lines = [f"start: {start}", *(f"{n}{b}" for b, n in rules.names.items())]
+        return Grammar("\n".join(lines), param, tuple(rules.warnings))
+
+
+class _Rules:
+    """Rules and terminals of a grammar, each body once. names: body -> name."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self.warnings: list[str] = []
+
+    def rule(self, body: str) -> str:
+        return self.names.setdefault(f": {body}", f"r{len(self.names)}")
+
+    def terminal(self, body: str) -> str:
+        return self.names.setdefault(f": {body}", f"T{len(self.names)}")
+
+    def json(self, schema: Schema, where: str) -> str | None:
+        """A rule for JSON by a schema; None if llguidance cannot tell it."""
+        options = {**_JSON_OPTIONS, "lenient": True}
+        body = json.dumps({**without_unknown_formats(schema), "x-guidance": options}, ensure_ascii=False)
+        error, messages = _validated(f"start: %json {body}")
+        self.warnings += [f"{where}: {m.splitlines()[0]}" for m in messages]
+        return None if error else self.rule(f"%json {body}")
+
+
+def _call(rules: _Rules, name: str, parameters: Any) -> str:
+    return f"{_quoted(name)} {_arguments(rules, name, parameters if isinstance(parameters, Mapping) else {})}"
+
+
+def _arguments(rules: _Rules, tool: str, parameters: Schema) -> str:
+    """A rule for the arguments of one call: each at most once, the required ones all, in any order."""
+    schema = resolve_reference(parameters, parameters) or {}
+    unknown = sorted(set(schema) & {"allOf", "anyOf", "oneOf", "not", "if", "dependentRequired", "patternProperties",
+                                    "propertyNames", "minProperties", "maxProperties", "enum", "const"})  # fmt: skip
+    rules.warnings += [f"{tool}: {word} of the parameters is not held" for word in unknown]
+    found = schema.get("properties")
+    properties: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {}
+    required = [str(r) for r in schema.get("required") or []]
+    extra = schema.get("additionalProperties", not isinstance(found, Mapping))
+    for key in required:
+        properties.setdefault(key, extra if isinstance(extra, Mapping) else {})
+    keys = [*dict.fromkeys(required), *(k for k in properties if k not in required and properties[k] is not False)]
+    values = [_argument(rules, _quoted(k), properties[k], parameters, f"{tool}.{k}") for k in keys]
+    more = ""
+    if extra is not False:
+        names = "|".join(map(_escaped, keys))
+        key = rules.terminal(_FREE_KEY + (f" & ~/{names}/" if keys else ""))
+        more = _argument(rules, key, extra, parameters, f"{tool}.*")
+    if not keys:
+        return f"({more})*" if more else ""
+    if len(keys) > _MOST_UNORDERED:
+        optional = len(set(required))
+        return " ".join([*values[:optional], *(f"({v})?" for v in values[optional:]), f"({more})*" if more else ""])
+    name = f"a{len(rules.names)}"
+    done = '""' + (f" %if is_ones([0:{len(set(required))}])" if required else "")
+    branches = [done, *(f"{v} {name}::set_bit({i}) %if bit_clear({i})" for i, v in enumerate(values))]
+    branches += [f"{more} {name}::_"] if more else []
+    rules.names["::_ : " + "\n  | ".join(branches)] = name
+    return f"{name}::0x0"
+
+
+def _argument(rules: _Rules, key: str, schema: Any, root: Schema, where: str) -> str:
+    value = " | ".join(dict.fromkeys(_value(rules, schema, root, where)))
+    return rules.rule(f"{KEY} {key} {END_KEY} {VALUE} ({value}) {END_VALUE}")
+
+
+def _value(rules: _Rules, schema: Any, root: Schema, where: str, raw: str = _RAW) -> list[str]:
+    """Alternatives for one argument's value, as the parser will read it: raw where it is a string, else JSON."""
+    schema = resolve_reference(schema, root)
+    types = argument_types(schema, root)
+    if not isinstance(schema, Mapping) or (not types and not set(schema) & _MEANINGFUL):
+        return [rules.terminal(raw)]
+    others = sorted((types or _ALL_TYPES) - {"string"})
+    if "string" not in types:
+        return [_json(rules, schema if types else {"type": others, **schema}, root, where)]
+    if not set(others) <= {"null", "boolean"}:
+        raw = f"{_RAW} & {_NOT_JSON}"
+    branches = [b for word in ("anyOf", "oneOf") for b in schema.get(word) or []]
+    if branches and others:
+        return [a for b in branches for a in _value(rules, b, root, where, raw)]
+    strings = _strings(rules, schema, root, where, raw)
+    if not others:
+        return strings
+    if "const" in schema or isinstance(schema.get("enum"), list):
+        texts = [schema["const"]] if "const" in schema else schema["enum"]
+        rest = [t for t in texts if not isinstance(t, str)]
+        return [*strings, *([_json(rules, {"enum": rest}, root, where)] if rest else [])]
+    return [*strings, _json(rules, {**schema, "type": others}, root, where)]
+
+
+_ALL_TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
+_MEANINGFUL = {"enum", "const", "anyOf", "oneOf", "allOf", "not", "properties", "items", "prefixItems", "minimum",
+               "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "required", "pattern", "minLength",
+               "maxLength"}  # fmt: skip
+
+
+def _json(rules: _Rules, schema: Schema, root: Schema, where: str) -> str:
+    definitions = {w: root[w] for w in ("$defs", "definitions") if w in root} if '"$ref"' in json.dumps(schema) else {}
+    found = rules.json({**definitions, **schema}, where)
+    if found is None:
+        rules.warnings.append(f"{where}: its schema is not held")
+        found = rules.json({}, where)
+        assert found is not None
+    return found
+
+
+def _strings(rules: _Rules, schema: Schema, root: Schema, where: str, raw: str) -> list[str]:
+    """Raw text of a schema that admits strings."""
+    if "const" in schema or isinstance(schema.get("enum"), list):
+        texts = [schema["const"]] if "const" in schema else schema["enum"]
+        return [_quoted(t) for t in texts if isinstance(t, str)]
+    branches = [resolve_reference(b, root) for w in ("anyOf", "oneOf", "allOf") for b in schema.get(w) or []]
+    if len(branches) == 1 or (branches and "allOf" not in schema):
+        return [a for b in branches if isinstance(b, Mapping) for a in _strings(rules, b, root, where, raw)]
+    if branches or "not" in schema:
+        rules.warnings.append(f"{where}: allOf and not are not held for a string")
+    if "format" in schema:
+        rules.warnings.append(f"{where}: format is not held for a string")
+    parts = [raw]
+    low, high = schema.get("minLength", 0), schema.get("maxLength")
+    if low or high is not None:
+        if max(low, high or 0) <= _LONGEST:
+            parts.append(f"/(?s:.{{{low},{'' if high is None else high}}})/")
+        else:
+            rules.warnings.append(f"{where}: a length above {_LONGEST} is not held")
+    if isinstance(schema.get("pattern"), str):
+        pattern = full_match(schema["pattern"], search=True)
+        body = None if pattern is None else _slashes(pattern)
+        if body is None or _validated(f"start: T\nT: {body}")[0]:
+            rules.warnings.append(f"{where}: the pattern {schema['pattern']!r} is not held")
+        else:
+            parts.append(body)
+    return [rules.terminal(" & ".join(parts))]
+
+
+# ── Text of grammars ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@lru_cache(maxsize=4096)
+def _validated(source: str) -> tuple[bool, list[str]]:
+    """Whether llguidance refuses a grammar, and what it says of it."""
+    from llguidance import LLMatcher
+
+    error, messages = LLMatcher.validate_grammar_with_warnings(source)
+    return error, list(messages)
+
+
+def without_unknown_formats(schema: Schema) -> dict[str, Any]:
+    """The schema without those ``format`` that nobody enforces; by JSON Schema a format is a remark, not a demand."""
+    return {str(k): v if k in ("enum", "const", "default", "examples") else _formats(v) for k, v in schema.items()
+            if not (k == "format" and isinstance(v, str) and v not in _FORMATS)}  # fmt: skip
+
+
+def _formats(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_unknown_formats(value)
+    return [_formats(v) for v in value] if isinstance(value, list) else value
+
+
+def full_match(pattern: str, *, search: bool) -> str | None:
+    """A regular expression without anchors that matches whole what ``pattern`` matches whole or, with ``search``, what
+    it is found in. None if it has anchors elsewhere than at the ends of its alternatives."""
+    around = "(?s:.*)" if search else ""
+    out = []
+    for part in _alternatives(pattern):
+        at_start, at_end = part[:1] == ["^"], part[-1:] == ["$"]
+        body = part[at_start : len(part) - at_end]
+        if "^" in body or "$" in body:
+            return None
+        out.append(f"{'' if at_start else around}({''.join(body)}){'' if at_end else around}")
+    return "|".join(out)
+
+
+def _alternatives(pattern: str) -> list[list[str]]:
+    """The alternatives of a pattern at its top level, each as pieces: characters, escapes, classes."""
+    out: list[list[str]] = [[]]
+    depth = at = 0
+    while at < len(pattern):
+        end = at + (2 if pattern[at] == "\\" else 1)
+        if pattern[at] == "[":
+            end = at + 2 + (pattern[at + 1 : at + 2] == "^")
+            while end < len(pattern) and pattern[end] != "]":
+                end += 2 if pattern[end] == "\\" else 1
+            end += 1
+        piece = pattern[at:end]
+        depth += (piece == "(") - (piece == ")")
+        if piece == "|" and depth == 0:
+            out.append([])
+        else:
+            out[-1].append(piece)
+        at = end
+    return out
+
+
+def _slashes(regex: str) -> str:
+    """A pattern as a literal of Lark, with JSON Schema's ASCII classes."""
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(regex, 'dw')}/"
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
