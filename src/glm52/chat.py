@@ -39,6 +39,9 @@ CALL, END_CALL = "<tool_call>", "</tool_call>"
 KEY, END_KEY = "<arg_key>", "</arg_key>"
 VALUE, END_VALUE = "<arg_value>", "</arg_value>"
 
+# Reasoning tokens that an effort stands for where no budget is given.
+BUDGETS = {"high": 4096, "max": 32_768}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Thinking:

@@ -43,6 +43,7 @@ _NOT_JSON = r"/([^\s\x00-\x20\x85\xa00-9+\-.\[{(](?s:.*))?/"
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t\r]{1,40}"}
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 _LONGEST = 100_000  # characters that a length is counted to
+_KINDS = {"json_schema": "a JSON schema", "regex": "a pattern", "grammar": "a grammar", "choice": "a list of texts"}
 _MOST_UNORDERED = 60  # arguments whose order is free; the set of those given is a 64-bit number
 
 
@@ -93,35 +94,65 @@ class Grammar:
         return Grammar(source, param)
 
     @staticmethod
+    def structured(
+        kind: Literal["json_schema", "json_object", "regex", "grammar", "choice"],
+        value: Any = None,
+        *,
+        strict: bool = True,
+        param: str = "response_format",
+    ) -> "Grammar":
+        """One of the above by its name. RequestError if the value is not of the kind's type."""
+        expected = {"json_schema": Mapping, "regex": str, "grammar": str, "choice": list}.get(kind)
+        if expected is not None and not isinstance(value, expected):
+            raise RequestError(f"{param}: {kind} expects {_KINDS[kind]}, found {type(value).__name__}", param=param)
+        if kind == "choice" and not all(isinstance(v, str) for v in value):
+            raise RequestError(f"{param}: choice expects {_KINDS[kind]}", param=param)
+        match kind:
+            case "json_schema":
+                return Grammar.json_schema(value, strict=strict, param=param)
+            case "json_object":
+                return Grammar.json_object(param)
+            case "regex":
+                return Grammar.regex(value, param)
+            case "grammar":
+                return Grammar.lark(value, param)
+        return Grammar.choice(value, param)
+
+    @staticmethod
     def tool_calls(
         tools: Sequence[Schema],
-        choice: Literal["auto", "required", "none"] | str = "auto",
+        choice: Literal["auto", "required", "none", "named"] = "auto",
         *,
-        parallel: bool = True,
         name: str | None = None,
-        schema: Schema | None = None,
+        parallel: bool = True,
+        answer: "Grammar | None" = None,
         param: str = "tools",
     ) -> "Grammar":
-        """Calls of OpenAI-style tools. auto: text, then calls or none; required: calls at once; none: text alone. name:
-        a call of this tool. schema: what the text must be, if there is any."""
+        """Calls of OpenAI-style tools. auto: text, then calls or none; required: calls at once; named: one call of the
+        tool ``name``; none: text alone. answer: what the text must be where nothing is called."""
         definitions = {d["name"]: d.get("parameters") for d in (t.get("function", t) for t in tools)}
-        if name is not None and name not in definitions:
-            raise RequestError(f"tool_choice: no tool is called {name!r}; there are {sorted(definitions)}",
-                               param="tool_choice")  # fmt: skip
+        if choice == "named":
+            if name not in definitions:
+                raise RequestError(f"tool_choice: no tool is called {name!r}; there are {', '.join(definitions)}",
+                                   param="tool_choice")  # fmt: skip
+            definitions = {name: definitions[name]}
         rules = _Rules()
-        text = rules.terminal(_TEXT) if schema is None else rules.json(schema, "the answer") or rules.terminal(_TEXT)
-        named = definitions if name is None else {name: definitions[name]}
-        calls = "" if choice == "none" else " | ".join(_call(rules, n, p) for n, p in named.items())
-        one = rules.rule(f"{CALL} ({calls}) {END_CALL}") if calls else ""
-        several = one if name is not None or not parallel else f"{one}+"
-        if not calls:
+        text = rules.terminal(_TEXT) if answer is None else rules.rule(answer._body())
+        if choice == "none" or not definitions:
             start = text
-        elif name is not None or choice == "required":
-            start = several
         else:
-            start = f"{text} ({several})?" if schema is None else f"{text} | {several}"
-        lines = [f"start: {start}", *(f"{n}{b}" for b, n in rules.names.items())]
-        return Grammar("\n".join(lines), param, tuple(rules.warnings))
+            calls = " | ".join(_call(rules, n, p) for n, p in definitions.items())
+            several = rules.rule(f"{CALL} ({calls}) {END_CALL}") + ("+" if parallel and choice != "named" else "")
+            start = several if choice != "auto" else f"{text} ({several})?" if answer is None else f"{text} | {several}"
+        lines = [f"start: {start}", *(f"{name}{body}" for body, name in rules.names.items())]
+        return Grammar("\n".join(lines), param if answer is None else answer.param, tuple(rules.warnings))
+
+    def _body(self) -> str:
+        """The rule of a grammar that has one only."""
+        lead, _, body = self.source.partition("start: ")
+        if lead or "\n" in body:
+            raise RequestError(f"{self.param}: a grammar of several rules does not go with tools", param=self.param)
+        return body
 
 
 class _Rules:

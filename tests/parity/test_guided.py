@@ -28,7 +28,7 @@ TOOLS = [
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "array", "items": {"type": "boolean"}}},
           "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
 GRAMMARS = [
-    None, Grammar.tool_calls(TOOLS), Grammar.tool_calls(TOOLS, "required", parallel=False), Grammar.tool_calls(TOOLS, name="stop_all"),
+    None, Grammar.tool_calls(TOOLS), Grammar.tool_calls(TOOLS, "required", parallel=False), Grammar.tool_calls(TOOLS, "named", name="stop_all"),
     Grammar.tool_calls(TOOLS, "none"), Grammar.json_schema(SCHEMA), Grammar.regex("[A-Z][a-z]{2,20}"), Grammar.choice(["yes", "no"]),
 ]  # fmt: skip
 FAVOUR = {

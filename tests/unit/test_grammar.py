@@ -88,14 +88,43 @@ def test_choices_of_tools() -> None:
     assert (
         accepts(required, call("ping") * 3) and not accepts(required, "x") and not accepts(required, "x" + call("ping"))
     )
-    named = Grammar.tool_calls(TOOLS, name="ping")
+    named = Grammar.tool_calls(TOOLS, "named", name="ping")
     assert accepts(named, call("ping")) and not accepts(named, call("free")) and not accepts(named, call("ping") * 2)
     none = Grammar.tool_calls(TOOLS, "none")
     assert accepts(none, "just text") and not accepts(none, call("ping"))
-    with_schema = Grammar.tool_calls(TOOLS, schema={"type": "integer"})
-    assert accepts(with_schema, "12") and accepts(with_schema, call("ping")) and not accepts(with_schema, "x")
     with pytest.raises(RequestError, match="no tool is called 'pong'"):
-        Grammar.tool_calls(TOOLS, name="pong")
+        Grammar.tool_calls(TOOLS, "named", name="pong")
+
+
+def test_calls_or_an_answer_of_a_given_form() -> None:
+    for answer, right in (
+        (Grammar.json_schema({"type": "integer"}), "12"),
+        (Grammar.regex("a+|b"), "aa"),
+        (Grammar.choice(["x", "y"]), "y"),
+    ):
+        grammar = Grammar.tool_calls(TOOLS, answer=answer)
+        assert accepts(grammar, right) and accepts(grammar, call("ping") * 2)
+        assert not accepts(grammar, "z") and not accepts(grammar, right + call("ping"))
+        assert accepts(Grammar.tool_calls(TOOLS, "none", answer=answer), right)
+    with pytest.raises(RequestError, match="several rules"):
+        Grammar.tool_calls(TOOLS, answer=Grammar.lark('start: A\nA: "a"'))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("json_schema", {"type": "null"}, "null"),
+        ("json_object", None, "{}"),
+        ("regex", "a", "a"),
+        ("grammar", 'start: "a"', "a"),
+        ("choice", ["a"], "a"),
+    ],
+)
+def test_structures_by_name(kind, value, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert accepts(Grammar.structured(kind, value), text)
+    if kind != "json_object":
+        with pytest.raises(RequestError, match=rf"it: {kind} expects"):
+            Grammar.structured(kind, 5, param="it")
 
 
 def test_markers_cannot_be_spelled_out() -> None:
