@@ -608,11 +608,16 @@ def _schema_types(node: Any, root: Mapping[str, Any], depth: int) -> set[str]:
         return {_type_of(node["const"])}
     if isinstance(node.get("enum"), list):
         return {_type_of(v) for v in node["enum"]}
-    either = [_schema_types(b, root, depth + 1) for word in ("anyOf", "oneOf") for b in node.get(word) or []]
+    either = [_schema_types(b, root, depth + 1) for b in branches(node, "anyOf", "oneOf")]
     if either:
         return set().union(*either) if all(either) else set()
-    every = [kinds for b in node.get("allOf") or [] if (kinds := _schema_types(b, root, depth + 1))]
+    every = [kinds for b in branches(node, "allOf") if (kinds := _schema_types(b, root, depth + 1))]
     return set.intersection(*every) if every else set()
+
+
+def branches(schema: Mapping[str, Any], *words: str) -> list[Any]:
+    """The schemas listed under some keywords; what is no list has none."""
+    return [b for word in words if isinstance(schema.get(word), list) for b in schema[word]]
 
 
 def _type_of(value: Any) -> str:

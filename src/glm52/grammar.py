@@ -27,6 +27,7 @@ from glm52.chat import (
     THINK,
     VALUE,
     argument_types,
+    branches,
     resolve_reference,
 )
 from glm52.errors import RequestError
@@ -189,7 +190,7 @@ def _arguments(rules: _Rules, tool: str, parameters: Schema) -> str:
     rules.warnings += [f"{tool}: {word} of the parameters is not held" for word in unknown]
     found = schema.get("properties")
     properties: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {}
-    required = [str(r) for r in schema.get("required") or []]
+    required = [r for r in branches(schema, "required") if isinstance(r, str)]
     extra = schema.get("additionalProperties", not isinstance(found, Mapping))
     for key in required:
         properties.setdefault(key, extra if isinstance(extra, Mapping) else {})
@@ -207,14 +208,17 @@ def _arguments(rules: _Rules, tool: str, parameters: Schema) -> str:
         return " ".join([*values[:optional], *(f"({v})?" for v in values[optional:]), f"({more})*" if more else ""])
     name = f"a{len(rules.names)}"
     done = '""' + (f" %if is_ones([0:{len(set(required))}])" if required else "")
-    branches = [done, *(f"{v} {name}::set_bit({i}) %if bit_clear({i})" for i, v in enumerate(values))]
-    branches += [f"{more} {name}::_"] if more else []
-    rules.names["::_ : " + "\n  | ".join(branches)] = name
+    ways = [done, *(f"{v} {name}::set_bit({i}) %if bit_clear({i})" for i, v in enumerate(values))]
+    ways += [f"{more} {name}::_"] if more else []
+    rules.names["::_ : " + "\n  | ".join(ways)] = name
     return f"{name}::0x0"
 
 
 def _argument(rules: _Rules, key: str, schema: Any, root: Schema, where: str) -> str:
-    value = " | ".join(dict.fromkeys(_value(rules, schema, root, where)))
+    values = _value(rules, schema, root, where)
+    if not values:
+        rules.warnings.append(f"{where}: no value fits its schema, so that any may be given")
+    value = " | ".join(dict.fromkeys(values or [rules.terminal(_RAW)]))
     return rules.rule(f"{KEY} {key} {END_KEY} {VALUE} ({value}) {END_VALUE}")
 
 
@@ -229,9 +233,9 @@ def _value(rules: _Rules, schema: Any, root: Schema, where: str, raw: str = _RAW
         return [_json(rules, schema if types else {"type": others, **schema}, root, where)]
     if not set(others) <= {"null", "boolean"}:
         raw = f"{_RAW} & {_NOT_JSON}"
-    branches = [b for word in ("anyOf", "oneOf") for b in schema.get(word) or []]
-    if branches and others:
-        return [a for b in branches for a in _value(rules, b, root, where, raw)]
+    either = branches(schema, "anyOf", "oneOf")
+    if either and others:
+        return [a for b in either for a in _value(rules, b, root, where, raw)]
     strings = _strings(rules, schema, root, where, raw)
     if not others:
         return strings
@@ -263,28 +267,37 @@ def _strings(rules: _Rules, schema: Schema, root: Schema, where: str, raw: str) 
     if "const" in schema or isinstance(schema.get("enum"), list):
         texts = [schema["const"]] if "const" in schema else schema["enum"]
         return [_quoted(t) for t in texts if isinstance(t, str)]
-    branches = [resolve_reference(b, root) for w in ("anyOf", "oneOf", "allOf") for b in schema.get(w) or []]
-    if len(branches) == 1 or (branches and "allOf" not in schema):
-        return [a for b in branches if isinstance(b, Mapping) for a in _strings(rules, b, root, where, raw)]
-    if branches or "not" in schema:
+    parts = [resolve_reference(b, root) for b in branches(schema, "anyOf", "oneOf", "allOf")]
+    if len(parts) == 1 or (parts and "allOf" not in schema):
+        return [a for b in parts if isinstance(b, Mapping) for a in _strings(rules, b, root, where, raw)]
+    if parts or "not" in schema:
         rules.warnings.append(f"{where}: allOf and not are not held for a string")
     if "format" in schema:
         rules.warnings.append(f"{where}: format is not held for a string")
-    parts = [raw]
-    low, high = schema.get("minLength", 0), schema.get("maxLength")
-    if low or high is not None:
-        if max(low, high or 0) <= _LONGEST:
-            parts.append(f"/(?s:.{{{low},{'' if high is None else high}}})/")
-        else:
-            rules.warnings.append(f"{where}: a length above {_LONGEST} is not held")
-    if isinstance(schema.get("pattern"), str):
-        pattern = full_match(schema["pattern"], search=True)
-        body = None if pattern is None else _slashes(pattern)
-        if body is None or _validated(f"start: T\nT: {body}")[0]:
-            rules.warnings.append(f"{where}: the pattern {schema['pattern']!r} is not held")
-        else:
-            parts.append(body)
-    return [rules.terminal(" & ".join(parts))]
+    pattern, length = _pattern(schema), _length(schema)
+    body = " & ".join((raw, *pattern, *length))
+    asked = ("pattern" in schema, "minLength" in schema or "maxLength" in schema)
+    if asked != (bool(pattern), bool(length)) or (any(asked) and _validated(f"start: T\nT: {body}")[0]):
+        rules.warnings.append(f"{where}: the pattern {schema.get('pattern')!r} or the length is not held")
+        body = raw
+    return [rules.terminal(body)]
+
+
+def _pattern(schema: Schema) -> list[str]:
+    """pattern as a term of a terminal, if it can be one."""
+    pattern = schema.get("pattern")
+    whole = full_match(pattern, search=True) if isinstance(pattern, str) else None
+    return [] if whole is None else [_slashes(whole)]
+
+
+def _length(schema: Schema) -> list[str]:
+    """minLength and maxLength as a term of a terminal, where they are numbers that make sense."""
+    if "minLength" not in schema and "maxLength" not in schema:
+        return []
+    low, high = schema.get("minLength", 0), schema.get("maxLength", _LONGEST)
+    if type(low) is not int or type(high) is not int or not 0 <= low <= high <= _LONGEST:
+        return []
+    return [f"/(?s:.{{{low},{high if 'maxLength' in schema else ''}}})/"]
 
 
 # ── Text of grammars ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """A model that says anything at all, held by the grammar of its tools: its calls are always valid against the schemas
 and read back without a remark."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from glm52.chat import parse_reply
 from glm52.engine import SamplingParams, generate
+from glm52.engine.matcher import Matchers
+from glm52.errors import RequestError
 from glm52.grammar import Grammar
 from tests.scripted import EOS, TOKENIZER, ScriptedModel, random_logits
 
@@ -93,3 +96,28 @@ def test_json_is_valid_against_its_schema(schema: dict[str, Any], seed: int) -> 
     if seq.finish_reason == "stop":
         jsonschema.validate(json.loads(TOKENIZER.decode(seq.output)), schema)
     assert not set(seq.output) & set(EOS)
+
+
+WORDS = ("type", "enum", "const", "properties", "required", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "$ref", "items",
+         "pattern", "minLength", "maxLength", "format", "minimum", "$defs", "x", "string", "integer", "object", "#/$defs/x", "#/x", "(")  # fmt: skip
+LEAVES = st.one_of(st.sampled_from(WORDS), st.none(), st.booleans(), st.integers(-2, 9), st.just(2.5), st.just(10**6))
+ANY_JSON = st.recursive(
+    LEAVES,
+    lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(st.sampled_from(WORDS), v, max_size=4)),
+    max_leaves=12,
+)
+MATCHERS = Matchers(TOKENIZER, 4096, frozenset(EOS))
+
+
+@settings(max_examples=400, deadline=None)
+@given(parameters=ANY_JSON, value=ANY_JSON)
+def test_whatever_a_client_sends_for_a_schema_makes_a_grammar(parameters: Any, value: Any) -> None:
+    tools = [
+        {"name": "a", "parameters": parameters},
+        {"name": "b", "parameters": {"type": "object", "properties": {"x": value}}},
+    ]
+    MATCHERS.new(Grammar.tool_calls(tools))
+    for strict in (True, False):
+        if isinstance(value, dict):
+            with contextlib.suppress(RequestError):
+                MATCHERS.new(Grammar.json_schema(value, strict=strict))

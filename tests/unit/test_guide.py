@@ -1,5 +1,6 @@
 """Thinking budgets, loops and armed grammars, without an engine and with one that a script speaks through."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm52.engine import Engine, Repetition, SamplingParams, generate
+from glm52.engine import AsyncEngine, Engine, Repetition, SamplingParams, generate
 from glm52.engine.guide import LOOK_EVERY, MARGIN, Guide, Limits, Marks, is_loop
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
@@ -218,3 +219,33 @@ def test_the_logits_given_are_left_as_they_are() -> None:
     assert guide.shape(x) is x
     guide.reset(mark)
     assert guide.shape(x) is not x and guide.thinking_closed == "hard"
+
+
+# ── Streams ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_streams_are_guided_like_anything_else(num_drafts: int) -> None:
+    """The engine's thread follows grammars that other threads compiled; a wrong one fails its own request alone."""
+    say = random_logits(2, {" ": 2.0})
+    kinds = [Grammar.choice(["yes", "no"]), Grammar.json_object(), Grammar.regex("[a-z ]{4,30}[.]"), None]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=120, thinking_budget=i, grammar=g) for i in (0, 9) for g in kinds
+    ]
+    expected = [generate(ScriptedModel(say).engine(), [PROMPT], p)[0] for p in params]
+
+    async def reply(engine: AsyncEngine, params: SamplingParams) -> tuple[str, object]:
+        events = [event async for event in engine.generate(PROMPT, params)]
+        return "".join(e.text for e in events), events[-1].seq.thinking_closed
+
+    async def all_replies() -> list[object]:
+        engine = AsyncEngine(ScriptedModel(say).engine(num_drafts))
+        wrong = SamplingParams(grammar=Grammar.regex("a(?=b)"))
+        try:
+            return list(await asyncio.gather(*(reply(engine, p) for p in (*params, wrong)), return_exceptions=True))
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    *replies, refused = asyncio.run(all_replies())
+    assert isinstance(refused, RequestError)
+    assert replies == [(TOKENIZER.decode(s.output), s.thinking_closed) for s in expected]
