@@ -62,7 +62,7 @@ TOOLS = st.lists(PARAMETERS, min_size=1, max_size=3).map(
 
 
 @pytest.mark.parametrize("num_drafts", [0, 3])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     tools=TOOLS,
     choice=st.sampled_from(("auto", "required")),
@@ -73,7 +73,7 @@ TOOLS = st.lists(PARAMETERS, min_size=1, max_size=3).map(
 def test_calls_are_valid_against_their_schemas(tools, choice, parallel, seed, temperature, num_drafts) -> None:  # type: ignore[no-untyped-def]
     grammar = Grammar.tool_calls(tools, choice, parallel=parallel)
     engine = ScriptedModel(random_logits(seed, FAVOUR | {"<tool_call>": 8.0}), length=1024).engine(num_drafts)
-    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=400, grammar=grammar)
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=250, grammar=grammar)
     seq = generate(engine, [PROMPT], params)[0]
     assert seq.finish_reason in ("stop", "length")
     reply = parse_reply(TOKENIZER.decode(seq.output), tools, thinking=False)
@@ -88,7 +88,7 @@ def test_calls_are_valid_against_their_schemas(tools, choice, parallel, seed, te
         jsonschema.validate(json.loads(call.arguments), schema)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(schema=objects(VALUES.filter(lambda v: "$ref" not in json.dumps(v))), seed=st.integers(0, 2**20))
 def test_json_is_valid_against_its_schema(schema: dict[str, Any], seed: int) -> None:
     engine = ScriptedModel(random_logits(seed, FAVOUR), length=1024).engine()

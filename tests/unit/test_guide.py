@@ -89,7 +89,7 @@ def test_the_end_of_a_reply_inside_its_thinking_ends_the_thinking_alone() -> Non
     assert len(answer) == 1 and seq.finish_reason == "stop", "after a forced end something is said"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**16), budget=st.integers(0, 80), max_tokens=st.integers(2, 200), temperature=st.sampled_from((0.0, 1.0)),
     eager=st.sampled_from((-20.0, 0.0, 5.0)), quiet=st.sampled_from((-20.0, 0.0, 5.0)), constrained=st.booleans(),
