@@ -35,6 +35,7 @@ PACKAGES = {
     "gguf": ("gguf", ["gguf==0.19.0", "pyyaml==6.0.4"]),
 }
 PARTS = ("check", "decode", "prefill", "experts", "curve")
+PAUSE_S = 0.06  # workers of the engine asked before may still spin
 CURVE = (128, 512, 1024, 2048, 4096, 8192)
 ALIKE = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # our formats and llama.cpp's nearest
 KT_ALIKE = {"bf16": ["bf16"], "fp8": ["fp8"], "int8": ["int8"], "int4": ["int4_32", "int4"]}
@@ -82,7 +83,7 @@ class Rival:
     def __post_init__(self) -> None:
         folders = [str(self.env / name) for name in PACKAGES] if self.engine in ("llama", "kt_experts") else []
         path = os.pathsep.join([*folders, *filter(None, sys.path), os.getcwd()])
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen([sys.executable, "-m", "bench.rivals", self.engine], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._log, text=True, env=os.environ | {"PYTHONPATH": path})  # fmt: skip
 
@@ -91,6 +92,7 @@ class Rival:
         if self.failure:
             return {}
         assert self.process.stdin and self.process.stdout
+        time.sleep(PAUSE_S)
         try:
             self.process.stdin.write(json.dumps({"do": do} | request) + "\n")
             self.process.stdin.flush()
@@ -203,7 +205,9 @@ def check(run: Run, model: Path) -> dict[str, Any]:
 def fill(rivals: list[Rival], contexts: list[int], run: Run) -> None:
     states = Path(tempfile.mkdtemp())
     for r in rivals:
-        more = {"states": str(states)} if r.engine == "llama" else {}
+        folder = states / r.setting.replace(" ", "-")  # a state with flash attention is laid out otherwise
+        folder.mkdir(exist_ok=True)
+        more = {"states": str(folder)} if r.engine == "llama" else {}
         r.ask("fill", contexts=contexts, chunk=512, threads=max(run.threads), limit_s=run.limit_s / 2, **more)
     shutil.rmtree(states)
 
@@ -267,43 +271,44 @@ def experts(run: Run, formats: list[str], token_counts: list[int]) -> list[dict[
               run.start("torch", "torch_experts")]  # fmt: skip
     print(f"{K} of {E} experts of {D} x {F}")
     for fmt in formats:
-        wanted = (
+        pairs = (
             [(rivals[0], fmt)] + [(rivals[1], f) for f in KT_ALIKE[fmt]] + [(rivals[2], f) for f in TORCH_ALIKE[fmt]]
         )
-        for number, threads in enumerate(run.threads):
-            for tokens in token_counts:
-                out += _experts_rows(wanted, fmt, threads, tokens, run, exact[tokens] if number == 0 else None)
+        # An engine holds one format: its second one is measured against ours after its first.
+        firsts = [pair for i, pair in enumerate(pairs) if pair[0] not in [r for r, _ in pairs[:i]]]
+        groups = [firsts, *[[pairs[0], pair] for pair in pairs if pair not in firsts]]
+        for group in groups:
+            for threads in run.threads:
+                out += _experts_rows(group, fmt, threads, token_counts, run, exact)
     for r in rivals:
         r.close()
     return out + [{"rival": r.name, "failure": r.failure} for r in rivals if r.failure]
 
 
-def _experts_rows(
-    wanted: list[tuple[Rival, str]], fmt: str, threads: int, tokens: int, run: Run, exact: Any
-) -> list[Any]:
-    """One line of the table: every engine in this format, opened in turn because one keeps but one format."""
+def _experts_rows(group: list[tuple[Rival, str]], like: str, threads: int, token_counts: list[int], run: Run,
+                  exact: dict[int, Any]) -> list[dict[str, Any]]:  # fmt: skip
+    """Engines in one format each, in turn; the first is ours."""
     rows: list[dict[str, Any]] = []
-    engines = [r for r, _ in wanted]
-    alternate = [pair for pair in wanted if engines.count(pair[0]) == 1]  # these stay open while the rounds go on
-    for group in [alternate, *[[pair] for pair in wanted if pair not in alternate]]:
+    for r, f in group:
+        r.ask("open", fmt=f, threads=threads)
+    for tokens in token_counts:
         times: dict[str, list[float]] = {}
-        for r, f in group:
-            r.ask("open", fmt=f, threads=threads)
         for _ in range(run.rounds):
             for r, f in group:
                 times.setdefault(f"{r.name} {f}", []).extend(r.ask("run", tokens=tokens, repeats=2).get("seconds", []))
+        ours = statistics.median(times[f"ours {like}"] or [float("nan")])
         for r, f in group:
-            row: dict[str, Any] = {"rival": r.name, "format": f, "like": fmt, "tokens": tokens, "threads": threads}
-            if seconds := times[f"{r.name} {f}"]:
-                row |= {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-                if exact is not None and (answer := r.ask("output", tokens=tokens)):
-                    row["error"] = error(answer["y"], exact)
-                rows.append(row)
-    ours = next((row["seconds"] for row in rows if row["rival"] == "ours"), float("nan"))
-    for row in rows:
-        lost = f", error {row['error']:.4f}" if "error" in row else ""
-        print(f"    like {fmt:<4} {tokens:>3} tokens {threads} threads: {row['rival']:<9} {row['format']:<12} "
-              f"{row['seconds'] * 1e3:8.2f} ms ({row['seconds'] / ours:.2f}x ours){lost}", flush=True)  # fmt: skip
+            if not (seconds := times[f"{r.name} {f}"]):
+                continue
+            row: dict[str, Any] = {"rival": r.name, "format": f, "like": like, "tokens": tokens, "threads": threads,
+                                   "seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds),
+                                   "ours": ours}  # fmt: skip
+            if answer := r.ask("output", tokens=tokens):
+                row["error"] = error(answer["y"], exact[tokens])
+            print(f"    like {like:<4} {tokens:>3} tokens {threads} threads: {r.name:<9} {f:<12} "
+                  f"{row['seconds'] * 1e3:8.2f} ms ({row['seconds'] / ours:.2f}x ours), error "
+                  f"{row.get('error', float('nan')):.4f}", flush=True)  # fmt: skip
+            rows.append(row)
     return rows
 
 
