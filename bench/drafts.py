@@ -44,8 +44,9 @@ def main() -> None:
     for depth in DEPTHS:
         stats = sessions[depth].engine.stats
         accepted = [f"{a / n:.0%}" for a, n in zip(stats.accepted, stats.drafted, strict=True) if n]
+        same = outputs[depth] == outputs[0]
         print(f"{depth} drafts: {rates[depth]:6.0f} tokens/s   {rates[depth] / rates[0]:.2f}x none   "
-              f"same output: {outputs[depth] == outputs[0]}   accepted by depth: {', '.join(accepted) or '-'}")  # fmt: skip
+              f"same output: {same}   accepted by depth: {', '.join(accepted) or '-'}")  # fmt: skip
     finish({"format": args.format, "tokens_per_s": rates})
 
 
