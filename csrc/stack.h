@@ -40,10 +40,11 @@ struct Layer {
   Expert dense;  // the dense MLP or the shared expert
 };
 
-// Rows of every layer, and index keys of those with an indexer. Memory is touched when it is first written.
+// Rows of every layer, and index keys of those with an indexer, in f32, bf16 or fp8. Memory is touched when it is first
+// written.
 class Cache {
  public:
-  Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float);
+  Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, Format format);
   Cache(const Cache&) = delete;
   void* rows(size_t layer) { return rows_[layer].data(); }
   void* keys(size_t layer) { return keys_[layer].data(); }
@@ -51,8 +52,8 @@ class Cache {
   size_t row_bytes(size_t layer) const { return rows_[layer].size(); }
   size_t key_bytes(size_t layer) const { return keys_[layer].size(); }
   size_t num_bytes() const;
-  const size_t num_rows, row_stride;
-  const bool as_float;
+  const size_t num_rows;
+  const RowLayout layout;
 
  private:
   std::vector<Buffer<uint8_t>> rows_, keys_;

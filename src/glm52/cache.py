@@ -95,21 +95,20 @@ class FP8Pool:
 
         one row:   dim values, E4M3 | ceil(dim / group) scales, fp32 | the rest (a rotated key), bf16
 
-    A scale is max |x| of its group / 448; with ``power_of_two``, the next power of two from there. Values are rounded
-    to the nearest, ties to even: |x - read| <= 2^-4 |x|, or 2^-10 scales near zero; the rest is rounded to bf16.
+    The scale of a group is the smallest power of two that brings its values to 448 or below, so that what is read is
+    exact in bf16. Values are rounded to the nearest, ties to even: |x - read| <= 2^-4 |x|, or 2^-10 scales near zero.
     """
 
     dtype = torch.float32
 
-    def __init__(self, bytes_NB: Tensor, dim: int, group: int, *, power_of_two: bool = False) -> None:
-        self.bytes_NB, self._dim, self._group, self._power_of_two = bytes_NB, dim, group, power_of_two
+    def __init__(self, bytes_NB: Tensor, dim: int, group: int) -> None:
+        self.bytes_NB, self._dim, self._group = bytes_NB, dim, group
 
     def __setitem__(self, row_T: Tensor, x_TZ: Tensor) -> None:
         values, rest = x_TZ.float().split((self._dim, x_TZ.shape[1] - self._dim), dim=1)
         values = torch.nn.functional.pad(values, (0, -self._dim % self._group)).unflatten(1, (-1, self._group))
-        scale = (values.abs().amax(2) / _MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        if self._power_of_two:
-            scale = (scale.view(torch.int32) + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)
+        ratio = (values.abs().amax(2) / _MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (ratio.view(torch.int32) + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)
         codes = (values / scale[:, :, None]).to(torch.float8_e4m3fn).flatten(1)[:, : self._dim]
         parts = codes, scale, rest.bfloat16()
         self.bytes_NB[row_T] = torch.cat([p.contiguous().view(torch.uint8) for p in parts], dim=1)
@@ -131,9 +130,9 @@ class LatentCache:
     """Pools of cached rows: latent and rotated key (``row_width`` values) of every layer, and an index key for each
     layer that owns an indexer. Layer ``num_hidden_layers`` is the MTP layer's, where the configuration has one.
 
-    dtype: a float type, or float8_e4m3fn for pools of ``FP8Pool``, 656 and 132 bytes for GLM-5.2. There a latent has
-    plain scales, one for CACHE_GROUP values, and an index key one power of two, so that its products with bf16 are as
-    exact as a bf16 key's. No Hadamard rotation precedes: it changes no score. Source: vLLM's fp8_ds_mla and DeepGEMM.
+    dtype: a float type, or float8_e4m3fn for pools of ``FP8Pool``: 656 bytes a row (a scale for CACHE_GROUP values) and
+    132 an index key (one scale) for GLM-5.2. No Hadamard rotation precedes, since it changes no score. Source of the
+    layout: FlashMLA and DeepGEMM, which also round scales up to powers of two.
 
     Rows are written before they are read; nothing is cleared on release.
     """
@@ -159,7 +158,7 @@ class LatentCache:
     def keys(self, layer: int) -> Pool:
         """[N, I] index keys of a layer that owns an indexer; KeyError for one that shares."""
         pool, dim = self._keys[self._key_slot[layer]], self._config.index_head_dim
-        return FP8Pool(pool, dim, dim, power_of_two=True) if self._fp8 else pool
+        return FP8Pool(pool, dim, dim) if self._fp8 else pool
 
     @property
     def num_bytes(self) -> int:

@@ -79,7 +79,7 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Pool, spans: Spans, G: int
     Causal; ties go to the lowest position. With G or fewer visible keys all are taken and nothing is scored. The width
     is min(G, longest context), in the training layout min(G, window). Scratch is bounded by tiles of queries.
     """
-    if spans.window:
+    if spans.window and isinstance(keys_NI, Tensor):
         return _select_in_windows(q_TXI, w_TX, keys_NI, spans.seq_T.view(-1, spans.window), G)
     width = min(G, spans.max_length)
     ids_TG = torch.full((spans.num_tokens, width), -1, dtype=torch.int32)
