@@ -374,6 +374,22 @@ void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t pa
   s.draft(in, ids, b, cache, selection, write, out);
 }
 
+void propose(Stack& s, const Weights& head, Array positions, Cache& cache, Selection& selection, Output z, Output out) {
+  if (!s.ends.combine) refuse("propose: this model has no layer that drafts");
+  const size_t D = s.dims().hidden, S = positions.shape(0);
+  const int64_t* at = integers<int64_t>("positions", positions, {ANY});
+  for (size_t i = 0; i < S; ++i) {
+    if (at[i] < 0) refuse("positions: expected 0 or more");
+  }
+  require_matrix("head", head, s.ends.vocabulary, D);
+  float* state = floats_out("z", z, {S, D});
+  require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {S, ANY});
+  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
+  if (selection.tokens != S) refuse("selection: expected one for each sequence");
+  const nb::gil_scoped_release unlocked;
+  s.propose(*head, at, S, out.shape(1), cache, selection, state, static_cast<int64_t*>(out.data()));
+}
+
 std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
   const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
   const size_t n = tokens.shape(0);
@@ -471,6 +487,9 @@ NB_MODULE(_kernels, m) {
       .def("draft", &draft, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
            nb::arg("cache"), nb::arg("selection"), nb::arg("write"), nb::arg("z").noconvert(),
            "z [T, D] of one drafting step. With write it writes rows and fills the selection, else it uses it.")
+      .def("propose", &propose, nb::arg("head"), nb::arg("positions"), nb::arg("cache"), nb::arg("selection"),
+           nb::arg("z").noconvert(), nb::arg("out").noconvert(),
+           "out i64 [S, K]: K greedy drafts of S sequences whose last draft step left z [S, D], at positions i64 [S].")
       .def(
           "linear",
           [](Stack& s, const Weights& w, Array x, Output y) {

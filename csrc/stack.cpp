@@ -116,6 +116,25 @@ void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& 
   norm(ends.draft_norm, x, T, z);
 }
 
+void Stack::propose(const Matrix& head, const int64_t* positions, size_t sequences, size_t count, Cache& cache,
+                    Selection& s, float* z, int64_t* out) {
+  const size_t D = dims_.hidden, W = head.rows;
+  float* logits = vocabulary_.reserve(sequences * W);
+  int64_t *tokens = proposed_.reserve(sequences), *at = positions_.reserve(sequences);
+  std::copy_n(positions, sequences, at);
+  const Batch b = {sequences, at, nullptr, nullptr, nullptr, 0, 0};  // nothing is written or searched
+  for (size_t k = 0; k < count; ++k) {
+    linear(head, z, D, sequences, logits, W);
+    for (size_t t = 0; t < sequences; ++t) {
+      const float* of_token = logits + t * W;
+      tokens[t] = out[t * count + k] = std::max_element(of_token, of_token + W) - of_token;
+    }
+    if (k + 1 == count) break;
+    draft(z, tokens, b, cache, s, false, z);
+    for (size_t t = 0; t < sequences; ++t) ++at[t];
+  }
+}
+
 void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x) {
   angles(b);
   for (size_t i = begin; i < end; ++i) {

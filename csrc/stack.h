@@ -98,6 +98,10 @@ class Stack {
   void forward(const int64_t* tokens, const Batch& b, Cache& cache, float* h);
   // z [T, D]: one step of the drafting layer over h [T, D] and the tokens that follow. `write` as in ``run``.
   void draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z);
+  // Drafts after ``draft``: from z [S, D], changed in place, the likeliest token by ``head``, then one more step of the
+  // drafting layer with it at the next position over the same selection, and so on: out [S, count].
+  void propose(const Matrix& head, const int64_t* positions, size_t sequences, size_t count, Cache& cache, Selection& s,
+               float* z, int64_t* out);
   // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the
   // selection given is used as it stands.
   void run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x);
@@ -141,7 +145,8 @@ class Stack {
   // Scratch, kept between calls.
   Selection selection_;
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
-      weights_;
+      weights_, vocabulary_;
+  Buffer<int64_t> proposed_, positions_;
   Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
   Buffer<float> sorted_weights_;
   Buffer<int32_t> ids_, sorted_tokens_;

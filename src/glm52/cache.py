@@ -68,6 +68,16 @@ class Spans:
             max_length=end, page_size=page_size,
         )  # fmt: skip
 
+    @staticmethod
+    def of_positions(positions_S: Tensor) -> "Spans":
+        """One token of each of S sequences that writes no row and searches nothing, as in later draft steps."""
+        count = len(positions_S)
+        return Spans(
+            where_3T=torch.stack((positions_S, torch.zeros(count, dtype=torch.int64), torch.arange(count))),
+            tables_SP=torch.zeros(count, 1, dtype=torch.int32), lengths_S=positions_S + 1,
+            max_length=int(positions_S.max()) + 1, page_size=64,
+        )  # fmt: skip
+
     @property
     def num_tokens(self) -> int:
         return self.where_3T.shape[1]

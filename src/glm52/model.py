@@ -377,6 +377,17 @@ class GLM(nn.Module):
         y_TD, chosen = mtp(x_TD, Selection(selection), context)
         return mtp.shared_head["norm"](y_TD), chosen.ids_TG
 
+    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: LatentCache, selection: Tensor, count: int) -> Tensor:
+        """Greedy drafts [S, count] of S sequences: the likeliest token of z_SD, as a step of ``draft`` left it, then
+        that of the step it begins, at positions_S, and so on over the same selection."""
+        tokens: list[Tensor] = []
+        for step in range(count):
+            if tokens:
+                spans = Spans.of_positions(positions_S + step - 1)
+                z_SD, _ = self.draft(z_SD, tokens[-1], spans, cache, selection)
+            tokens.append(self.logits(z_SD).argmax(-1))
+        return torch.stack(tokens, dim=1)
+
     def draft_steps(
         self, h_TD: Tensor, tokens_AT: Tensor, spans: Spans, distill: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:

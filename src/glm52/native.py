@@ -120,6 +120,12 @@ class NativeGLM:
         )
         return z_TD, selection
 
+    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: NativeCache, selection: Any, count: int) -> Tensor:
+        """Greedy drafts [S, count] in one call; see ``GLM.propose``."""
+        tokens_SK = torch.empty(len(positions_S), count, dtype=torch.int64)
+        self._stack.propose(self._head, positions_S, cache.handle, selection, z_SD.clone(), tokens_SK)
+        return tokens_SK
+
     # ── packing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _pack(self, w_ND: Tensor, fmt: WeightFormat | None = None) -> Any:

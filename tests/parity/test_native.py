@@ -152,6 +152,26 @@ def test_drafts_are_the_reference() -> None:
     assert (outputs[0] - outputs[1]).abs().max() < 1e-4
 
 
+@torch.inference_mode()
+def test_proposed_drafts_are_those_of_single_steps() -> None:
+    """Two sequences at once, four drafts: the likeliest token of each step, in the reference and natively."""
+    model = random_model(tiny_config())
+    proposed = []
+    for body in (model, NativeGLM(model, "f32", threads=2)):
+        cache, ids = body.new_cache(160), tokens(100)
+        h = body(ids, Spans.of_sequence(0, 100, 16), cache)
+        z, selection = body.draft(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache)
+        ends = torch.tensor([60, 99])
+        z, selection = z[ends], selection[ends]
+        drafts = body.propose(z, ends + 1, cache, selection, 4)
+        for step in range(4):
+            assert torch.equal(body.logits(z).argmax(1), drafts[:, step])
+            spans = Spans.of_positions(ends + 1 + step)
+            z, _ = body.draft(z, drafts[:, step].contiguous(), spans, cache, selection)
+        proposed.append(drafts)
+    assert torch.equal(*proposed)
+
+
 @pytest.mark.parametrize(("change", "named"), [
     ({"rows": 100}, "rows"), ({"page": 8}, "page_size"), ({"row": 160}, "where"), ({"page_id": 10}, "tables"),
     ({"position": 160}, "tables"), ({"seq": 1}, "where"), ({"h": torch.zeros(4, 31)}, "h"),

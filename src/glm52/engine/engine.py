@@ -41,6 +41,7 @@ class Model(Protocol):
     def draft(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None
     ) -> tuple[Tensor, Any]: ...
+    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: Any, selection: Any, count: int) -> Tensor: ...
 
 
 @dataclass
@@ -182,16 +183,13 @@ class Engine:
         return torch.tensor(ids)
 
     def _spans(self, parts: list[tuple[Sequence, int, int]]) -> Spans:
-        """Spans of tokens [begin, begin + count) of each sequence over the cache.
-
-        A draft step may stand beyond the pages its sequence has; it writes no row, so any row number will do for it.
-        """
+        """Spans of tokens [begin, begin + count) of each sequence over the cache."""
         size = self.pages.page_size
         widest = max(len(seq.pages) for seq, _, _ in parts)
         tables = np.array([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], dtype=np.int32)
         positions = np.concatenate([np.arange(begin, begin + count) for _, begin, count in parts])
         seqs = np.repeat(np.arange(len(parts)), [count for _, _, count in parts])
-        rows = tables[seqs, np.minimum(positions // size, widest - 1)].astype(np.int64) * size + positions % size
+        rows = tables[seqs, positions // size].astype(np.int64) * size + positions % size
         lengths = [begin + count for _, begin, count in parts]
         return Spans(
             where_3T=torch.from_numpy(np.stack((positions, rows, seqs))),
@@ -308,16 +306,30 @@ class Engine:
             i for i, (seq, begin, n) in enumerate(parts)
             if begin + n == len(seq.tokens) - 1 and seq.finish_reason is None and self._has_room(seq)
         ]  # fmt: skip
-        if not chosen:
+        if not chosen or not self.draft_depth:
             return
         seqs = [parts[i][0] for i in chosen]
-        marks = [seq.guide.mark() for seq in seqs]
         z_SD, selection = z_TD[ends[chosen]], selection[ends[chosen]]
+        positions = torch.tensor([len(seq.tokens) - 1 for seq in seqs])
+        if all(self._is_plain(seq) for seq in seqs):
+            drafts = self.model.propose(z_SD, positions, self.cache, selection, self.draft_depth).tolist()
+            for seq, tokens in zip(seqs, drafts, strict=True):
+                seq.drafts, seq.draft_probabilities = tokens, [None] * len(tokens)
+        else:
+            self._draw(seqs, z_SD, positions, selection)
+
+    def _is_plain(self, seq: Sequence) -> bool:
+        """Whether nothing stands between the model's logits and its drafts."""
+        return seq.params.is_greedy and not seq.params.is_shifted and seq.guide.is_free(self.draft_depth)
+
+    def _draw(self, seqs: list[Sequence], z_SD: Tensor, positions_S: Tensor, selection: Any) -> None:
+        """Drafts drawn one by one, the way their sequences' tokens are."""
+        marks = [seq.guide.mark() for seq in seqs]
         for depth in range(self.draft_depth):
             logits = self.model.logits(z_SD).numpy()
             proposed = [self._propose(seq, x) for seq, x in zip(seqs, logits, strict=True)]
             if depth + 1 < self.draft_depth:
-                spans = self._spans([(seq, len(seq.tokens) - 1 + depth, 1) for seq in seqs])
+                spans = Spans.of_positions(positions_S + depth)
                 z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, selection)
         for seq, mark in zip(seqs, marks, strict=True):
             seq.guide.reset(mark)

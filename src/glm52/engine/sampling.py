@@ -25,8 +25,7 @@ def uniform(seed: int, position: int, purpose: Literal["token", "draft", "accept
 
 def processed(logits_W: Array, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Array:
     """Logits after bias and penalties. prompt and output: all tokens before this one."""
-    plain = not params.logit_bias and params.repetition_penalty == 1.0
-    if plain and not params.presence_penalty and not params.frequency_penalty:
+    if not params.is_shifted:
         return logits_W
     x = logits_W.astype(np.float64)
     for token, bias in params.logit_bias.items():
