@@ -179,7 +179,8 @@ class Engine:
     def _tokens(self, work: list[Work]) -> Tensor:
         ids: list[int] = []
         for w in work:
-            ids += (w.seq.tokens + w.seq.drafts)[w.seq.num_cached : w.seq.num_cached + w.count]
+            known = w.seq.tokens[w.seq.num_cached : w.seq.num_cached + w.count]
+            ids += known + w.seq.drafts[: w.count - len(known)]
         return torch.tensor(ids)
 
     def _spans(self, parts: list[tuple[Sequence, int, int]]) -> Spans:
@@ -252,7 +253,7 @@ class Engine:
         by a draw from the residual, which keeps the distribution exact. Source: Leviathan et al., 2211.17192.
         """
         params, position = seq.params, len(seq.tokens)
-        x = seq.guide.shape(processed(logits_W, params, seq.prompt, seq.output))
+        x = seq.guide.shape(processed(logits_W, params, seq.tokens, len(seq.prompt)))
         if params.is_greedy:
             token = int(np.argmax(x))
             return token, depth is not None and token == seq.drafts[depth]
@@ -282,8 +283,9 @@ class Engine:
             at += w.count
         if self.num_drafts:
             self._draft(extend)
-        for seq, _, _ in extend:
-            self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
+        for seq, _, begin in extend:
+            if seq.num_cached // self.pages.page_size > begin // self.pages.page_size:  # a page has become full
+                self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
             if seq.finish_reason is not None:
                 self.stats.cached_tokens += seq.num_cached_tokens
                 self.scheduler.leave(seq)
@@ -336,12 +338,13 @@ class Engine:
 
     def _has_room(self, seq: Sequence) -> bool:
         """Whether all drafts and one more token fit before the sequence must end."""
-        return len(seq.output) + self.draft_depth + 1 <= seq.max_tokens
+        return len(seq.tokens) - len(seq.prompt) + self.draft_depth + 1 <= seq.max_tokens
 
     def _propose(self, seq: Sequence, logits_W: Array) -> int:
         """Append one draft to a sequence, drawn the way its token will be; its guide moves on with it."""
         position = len(seq.tokens) + len(seq.drafts)
-        x = seq.guide.shape(processed(logits_W, seq.params, seq.prompt, seq.output + seq.drafts))
+        before = seq.tokens + seq.drafts if seq.params.is_shifted else seq.tokens
+        x = seq.guide.shape(processed(logits_W, seq.params, before, len(seq.prompt)))
         if seq.params.is_greedy:
             token, q = int(np.argmax(x)), None
         else:
