@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -127,8 +128,18 @@ const char* name_of(Format f) {
   return names[static_cast<int>(f)];
 }
 
+// Zeros of int4, int8 of the scales' shape and each -8 to 8.
+const int8_t* read_zeros(const Source& s, const Array& zeros, std::initializer_list<size_t> shape) {
+  if (s.format != Format::int4) refuse(std::string("zeros: not expected for ") + name_of(s.format));
+  require("zeros", zeros, zeros.dtype() == nb::dtype<int8_t>(), "int8", shape);
+  const auto* z = static_cast<const int8_t*>(zeros.data());
+  if (std::any_of(z, z + zeros.size(), [](int8_t x) { return x < -ZERO_POINT || x > ZERO_POINT; }))
+    refuse("zeros: expected -8 to 8");
+  return z;
+}
+
 Weights pack_matrix(const std::string& format, Array w, std::optional<Array> scales, size_t group, size_t scale_rows,
-                    size_t threads) {
+                    std::optional<Array> zeros, size_t threads) {
   Source s = {};
   bool known = false;
   for (Format f : {Format::f32, Format::bf16, Format::int8, Format::int4, Format::fp8}) {
@@ -161,7 +172,9 @@ Weights pack_matrix(const std::string& format, Array w, std::optional<Array> sca
     if (!scale_rows) refuse("scale_rows: expected at least 1, found 0");
     s.group = group;
     s.scale_rows = scale_rows;
-    s.scales = floats("scales", *scales, {(s.rows + scale_rows - 1) / scale_rows, (s.depth + group - 1) / group});
+    const auto shape = {(s.rows + scale_rows - 1) / scale_rows, (s.depth + group - 1) / group};
+    s.scales = floats("scales", *scales, shape);
+    if (zeros) s.zeros = read_zeros(s, *zeros, shape);
   }
   const nb::gil_scoped_release unlocked;
   return pack(s);
@@ -250,6 +263,19 @@ void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Outp
   Stack(Dims{}, *table, threads).experts(all, Expert{}, T, K, chosen, w, h, out);
 }
 
+// Matrices one below the other, together of that many rows.
+std::vector<Weights> read_below(const char* name, const nb::dict& l, size_t rows, size_t depth) {
+  const auto all = nb::cast<std::vector<Weights>>(l[name]);
+  for (const Weights& w : all) {
+    require_matrix(name, w, ANY, depth);
+    if ((w->format == Format::f32) != (all[0]->format == Format::f32))
+      refuse(std::string(name) + ": f32 and other formats cannot be mixed");
+    rows -= w->rows;
+  }
+  if (all.empty() || rows) refuse(std::string(name) + ": its matrices do not have the rows expected");
+  return all;
+}
+
 void add_layer(Stack& s, const nb::dict& l) {
   const Dims& d = s.dims();
   const auto vec = [&](const char* key, size_t n) { return vector_of(key, nb::cast<Array>(l[key]), n); };
@@ -262,8 +288,8 @@ void add_layer(Stack& s, const nb::dict& l) {
     require_matrix(key, w, rows, depth);
     return w;
   };
-  out.a = matrix("a", d.query_rank + d.latent + d.rotary + (full ? d.index_dim : 0), d.hidden);
-  out.q = matrix("q", d.heads * (d.nope + d.rotary) + (full ? d.index_heads * d.index_dim : 0), d.query_rank);
+  out.a = read_below("a", l, d.query_rank + d.latent + d.rotary + (full ? d.index_dim : 0), d.hidden);
+  out.q = read_below("q", l, d.heads * (d.nope + d.rotary) + (full ? d.index_heads * d.index_dim : 0), d.query_rank);
   out.o = matrix("o", d.hidden, d.heads * d.value);
   out.key = nb::cast<std::vector<Weights>>(l["key"]), out.value = nb::cast<std::vector<Weights>>(l["value"]);
   if (out.key.size() != d.heads || out.value.size() != d.heads) refuse("key, value: expected a matrix for each head");
@@ -406,9 +432,10 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("format", [](const Matrix& w) { return name_of(w.format); })
       .def_prop_ro("num_bytes", &Matrix::bytes);
   m.def("pack", &pack_matrix, nb::arg("format"), nb::arg("w"), nb::arg("scales") = nb::none(), nb::arg("group") = 0,
-        nb::arg("scale_rows") = 1, nb::arg("threads") = 1,
+        nb::arg("scale_rows") = 1, nb::arg("zeros") = nb::none(), nb::arg("threads") = 1,
         "Pack w [N, D]: f32, bf16, int8 (also for int4, -8 to 7) or E4M3 bits as uint8; scales f32 "
-        "[ceil(N / scale_rows), ceil(D / group)] for the last three.");
+        "[ceil(N / scale_rows), ceil(D / group)] for the last three. zeros int8 of that shape, -8 to 8, for int4: "
+        "the value is scale * (w - zero).");
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), nb::arg("y").noconvert(), nb::arg("threads"),
         "y = x w^T. x f32 [T, D], y f32 [T, N]. x is rounded to bfloat16 unless w is f32; sums are fp32.");
 

@@ -3,6 +3,7 @@
 // Integers up to 8 bits and E4M3 are exact in bfloat16; their scale is applied to the sum of a group.
 #pragma once
 
+#include <array>
 #include <bit>
 
 #include "matrix.h"
@@ -50,7 +51,7 @@ constexpr float e4m3_magnitude(unsigned code) {
 }
 
 // A format of one byte a value, 64 bytes a step, placed as ``byte_place`` says. With AVX-512 both halves of the
-// bfloat16 are looked up, 64 at a time.
+// bfloat16 are looked up, 64 at a time. int8 has no need of two zeros: its second one is -128.
 template <float (*magnitude)(unsigned), Format FORMAT>
 struct Bytes {
   using Activation = bf16;
@@ -73,13 +74,19 @@ struct Bytes {
     const __m512i x = _mm512_loadu_si512(p);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(codes.low), x, _mm512_load_si512(codes.low + 64));
     const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(codes.high), x, _mm512_load_si512(codes.high + 64));
-    const __m512i with_sign = _mm512_ternarylogic_epi64(high, x, _mm512_set1_epi8(-128), 0xf8);  // high | (x & 0x80)
+    const __m512i sign = _mm512_set1_epi8(-128);
+    __m512i with_sign = _mm512_ternarylogic_epi64(high, x, sign, 0xf8);  // high | (x & 0x80)
+    if constexpr (FORMAT == Format::int8) {
+      constexpr auto lowest = static_cast<char>(std::bit_cast<uint32_t>(-128.0f) >> 24);
+      with_sign = _mm512_mask_blend_epi8(_mm512_cmpeq_epi8_mask(x, sign), with_sign, _mm512_set1_epi8(lowest));
+    }
     return {{{_mm512_unpacklo_epi8(low, with_sign)}, {_mm512_unpackhi_epi8(low, with_sign)}}};
   }
 #else
   static Step load(const uint8_t* p) {
     return decode([&](size_t i) {
       const uint8_t code = p[byte_place(i)];
+      if (FORMAT == Format::int8 && code == 128) return -128.0f;
       return code & 128 ? -magnitude(code & 127) : magnitude(code);
     });
   }
@@ -112,6 +119,48 @@ struct INT4 {
   }
 #endif
 };
+
+// The same values less a zero point for each row and group, -16 to 15.
+struct INT4Zeros : INT4 {
+#if defined(__AVX512F__)
+  using Zeros = __m512i;  // of each row twice, as 16 bits
+  static Zeros zeros(const float* after_scales) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(after_scales)));
+    return _mm512_or_si512(x, _mm512_slli_epi32(x, 16));
+  }
+  static constexpr auto values = [] {
+    std::array<uint16_t, 32> bits = {};
+    for (int i = 0; i < 32; ++i) {
+      bits[static_cast<size_t>(i)] = static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(i - 16)) >> 16);
+    }
+    return bits;
+  }();
+  static Step load(const uint8_t* p, const Zeros& zeros) {
+    const __m512i table = _mm512_loadu_si512(values.data());
+    const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i low = _mm512_add_epi16(_mm512_and_si512(both, _mm512_set1_epi16(15)), zeros);
+    const __m512i high = _mm512_add_epi16(_mm512_srli_epi16(both, 4), zeros);
+    return {{ {_mm512_permutexvar_epi16(low, table)}, { _mm512_permutexvar_epi16(high, table) } }};
+  }
+#else
+  using Zeros = const uint8_t*;
+  static Zeros zeros(const float* after_scales) { return reinterpret_cast<const uint8_t*>(after_scales); }
+  static Step load(const uint8_t* p, const Zeros& zeros) {
+    return decode(
+        [&](size_t i) { return static_cast<float>((p[i % 32] >> (i < 32 ? 0 : 4) & 15) + zeros[i % 32 / 2] - 16); });
+  }
+#endif
+};
+
+// A step of a group that has these scales.
+template <class F>
+inline Step load_step(const uint8_t* p, const float* scales) {
+  if constexpr (requires { F::zeros(scales); }) {
+    return F::load(p, F::zeros(scales + PANEL));
+  } else {
+    return F::load(p);
+  }
+}
 
 struct F32 {
   using Activation = float;

@@ -28,8 +28,8 @@ struct Expert {
 
 struct Layer {
   Vector input_norm, post_norm, q_norm, kv_norm;
-  Weights a;                        // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
-  Weights q;                        // rows of q_b_proj and, with an indexer, wq_b
+  std::vector<Weights> a;           // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
+  std::vector<Weights> q;           // rows of q_b_proj and, with an indexer, wq_b
   std::vector<Weights> key, value;  // of each head: kv_b_proj's key rows transposed [C, A], value rows [V, C]
   Weights o;
   Weights index_weights;  // weights_proj; null where the indices of a layer below are shared
@@ -114,7 +114,8 @@ class Stack {
     float* y;
     size_t stride;
   };
-  void products(std::initializer_list<Product> list, size_t tokens);
+  void products(const std::vector<Product>& list, size_t tokens);
+  static std::vector<Product> below(const std::vector<Weights>& all, const void* x, float* y);
   const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to);
   void embed(const int64_t* tokens, size_t count, float* x);
   void angles(const Batch& b);
