@@ -48,8 +48,8 @@ class NativeGLM:
         self._head = packer.soft("lm_head")
         for number in range(self.config.num_hidden_layers + self.config.num_nextn_predict_layers):
             self._stack.add_layer(packer.layer(number))
-        dtype = torch.float32 if fmt == "f32" else torch.bfloat16
-        embedding = packer.floats("model.embed_tokens").to(dtype)
+        self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16
+        embedding = packer.floats("model.embed_tokens").to(self.dtype)
         self._stack.set_ends(embedding, packer.floats("model.norm"), self._draft_ends(packer) if self.mtp else {})
 
     def _draft_ends(self, packer: Packer) -> dict[str, Any]:

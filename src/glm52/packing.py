@@ -108,14 +108,20 @@ class Packer:
         return pack(self._extension, [self._read(f"{name}.weight")], self._format)
 
     def _pack_soft(self, w: Tensor | QTensor) -> Any:
-        is_stored = isinstance(w, QTensor) and w.format == self._format
-        softer: dict[WeightFormat | None, WeightFormat] = {"int4": "int8", "fp8": "bf16"}
-        return pack(self._extension, [w], self._format if is_stored else softer.get(self._format, self._format))
+        fmt = self._format
+        if fmt and not (isinstance(w, QTensor) and w.format == fmt):
+            fmt = soft_format(fmt)
+        return pack(self._extension, [w], fmt)
 
     def _below(self, names: Iterable[str]) -> list[Any]:
         """Matrices one below the other, neighbours of a kind as one."""
         held = [hold(self._read(f"{name}.weight"), self._format) for name in names]
         return [pack_held(self._extension, list(alike)) for _, alike in groupby(held, _kind)]
+
+
+def soft_format(fmt: WeightFormat) -> WeightFormat:
+    """What the output head and kv_b_proj are kept in, where all other matrices are in ``fmt``."""
+    return {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)  # type: ignore[return-value]
 
 
 def hold(w: Tensor | QTensor, fmt: WeightFormat | None) -> Tensor | QTensor:

@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "schemes", "cache", "chat", "shards"},
-    {"ops", "layouts", "packing", "tasks", "inspect"},
+    {"ops", "layouts", "packing", "tasks", "inspect", "grammar"},
     {"model", "checkpoint"},
     {"native"},
     {"engine", "load"},
@@ -34,6 +34,7 @@ LIGHT = (
     ".hub",
     ".pages",
     ".inspect",
+    ".grammar",
     ".tasks",
     ".cli",
 )

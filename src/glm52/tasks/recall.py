@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 
 from glm52.chat import Reply, Thinking
-from glm52.tasks.base import Bucket, Example, Split, assistant, choose_phrasing, draw_thinking, user
+from glm52.tasks.base import Bucket, Example, Message, Split, assistant, choose_phrasing, draw_thinking, user
 from glm52.tasks.words import CITIES, COLORS, JOBS, NAMES, NOUNS, WORDS, draw, draw_many, nonsense
 
 _OFF = Thinking(enabled=False)
@@ -28,8 +28,15 @@ class KeyValue(_Recall):
     )  # fmt: skip
 
     def generate(
-        self, rng: random.Random, *, split: Split, level: int | None = None, thinking: Thinking | None = None
+        self,
+        rng: random.Random,
+        *,
+        split: Split,
+        level: int | None = None,
+        thinking: Thinking | None = None,
+        asks: int = 1,
     ) -> Example:
+        """``asks``: how many questions about the same list, one after the other; the last one is scored."""
         level = rng.randrange(self.levels) if level is None else level
         thinking = thinking or (_OFF if rng.random() < 0.6 else draw_thinking(rng))
         count = 2 << level
@@ -45,13 +52,27 @@ class KeyValue(_Recall):
         values = [make() for _ in keys]
         joint = rng.choice((": ", " = ", " is ", " -> "))
         pairs = rng.choice(("\n", ", ", "; ")).join(f"{k}{joint}{v}" for k, v in zip(keys, values, strict=True))
-        at = rng.randrange(len(keys))
-        question = choose_phrasing(rng, self.phrasings, split).format(p=pairs, k=keys[at])
-        reasoning = f"{keys[at]}{joint}{values[at]}" if thinking.enabled else None
-        return Example(
-            task=self.name, messages=[user(question)], target=[assistant(values[at], reasoning)], answer=values[at],
-            thinking=thinking, level=level,
-        )  # fmt: skip
+        turns = []
+        for n in range(asks):
+            at = rng.randrange(len(keys))
+            phrasing = choose_phrasing(rng, self.phrasings, split)
+            question = phrasing.format(p=pairs, k=keys[at]) if n == 0 else f"{keys[at]}?"
+            turns.append((question, f"{keys[at]}{joint}{values[at]}", values[at]))
+        return _asked(self.name, turns, thinking, level)
+
+
+def _asked(task: str, turns: list[tuple[str, str, str]], thinking: Thinking, level: int) -> Example:
+    """Turns of (question, reasoning, answer): all but the last question are part of the target."""
+    target: list[Message] = []
+    for n, (question, reasoning, answer) in enumerate(turns):
+        if n:
+            target.append(user(question))
+        target.append(assistant(answer, reasoning if thinking.enabled else None))
+    if len(turns) > 1:  # every turn's reasoning stays in the prompt
+        thinking = Thinking(enabled=thinking.enabled, effort=thinking.effort, clear=False)
+    return Example(
+        task=task, messages=[user(turns[0][0])], target=target, answer=turns[-1][2], thinking=thinking, level=level
+    )
 
 
 _FILLER = (
@@ -88,26 +109,34 @@ class Needle(_Recall):
     sizes = (360, 720, 1500, 3200, 6500, 12500)
 
     def generate(
-        self, rng: random.Random, *, split: Split, level: int | None = None, thinking: Thinking | None = None
+        self,
+        rng: random.Random,
+        *,
+        split: Split,
+        level: int | None = None,
+        thinking: Thinking | None = None,
+        asks: int = 1,
     ) -> Example:
+        """``asks``: how many of the needles are asked for, one after the other; the last one is scored."""
         level = rng.randrange(3) if level is None else level
         thinking = thinking or (_OFF if rng.random() < 0.6 else draw_thinking(rng))
-        keys = draw_many(rng, CITIES + NAMES, rng.randint(1, 2 + level), split)
+        keys = draw_many(rng, CITIES + NAMES, max(asks, rng.randint(1, 2 + level)), split)
         needle = rng.choice(self.needles)
         word = next(w for w in ("code", "password", "number", "key") if w in needle)
         values = [str(rng.randint(1000, 99999)) for _ in keys]
+        wanted = self.sizes[level] * (rng.uniform(0.4, 0.9) if split == "train" else 1.0)
         sentences, length = [], 0
-        while length < self.sizes[level]:
+        while length < wanted:
             sentences.append(filler_sentence(rng, split))
             length += len(sentences[-1]) + 1
         for k, v in zip(keys, values, strict=True):
             sentences.insert(rng.randrange(len(sentences) + 1), needle.format(k=k, v=v))
-        question = choose_phrasing(rng, self.phrasings, split).format(t=" ".join(sentences), w=word, k=keys[0])
-        reasoning = needle.format(k=keys[0], v=values[0]) if thinking.enabled else None
-        return Example(
-            task=self.name, messages=[user(question)], target=[assistant(values[0], reasoning)], answer=values[0],
-            thinking=thinking, level=level,
-        )  # fmt: skip
+        turns = []
+        for n, (k, v) in enumerate(list(zip(keys, values, strict=True))[:asks]):
+            phrasing = choose_phrasing(rng, self.phrasings, split)
+            question = phrasing.format(t=" ".join(sentences), w=word, k=k) if n == 0 else f"{word} of {k}?"
+            turns.append((question, needle.format(k=k, v=v), v))
+        return _asked(self.name, turns, thinking, level)
 
 
 class Passage(_Recall):

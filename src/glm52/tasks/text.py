@@ -162,7 +162,54 @@ def _record(rng: random.Random, split: Split) -> dict[str, Any]:
     }
 
 
+# The last two are kept for the test split.
 _SENTENCES = (
+    (("name", "item"), "Give the {item} to {name}."),
+    (("name", "item", "quantity"), "Bring {name} {quantity} {item}s."),
+    (("name", "item", "city"), "Ask {name} in {city} about the {item}."),
+    (("name", "item", "city", "quantity"), "Please mail {quantity} {item}s to {name}, {city}."),
+    (("name", "city"), "Write to {name} in {city}."),
+    (("name", "city", "age"), "Meet {name} ({age}) in {city}."),
+    (("name", "job"), "Tell the {job}, {name}."),
+    (("name", "price"), "Refund {price} to {name}."),
+    (("item", "color", "city"), "Ship the {color} {item} to {city}."),
+    (("name", "item", "price", "quantity"), "For {price}, {name} bought {quantity} {item}s."),
+    (("name", "item", "price", "quantity"), "{name} bought {quantity} {item}s and paid {price}."),
+    (("name", "item", "price", "quantity"), "The {quantity} {item}s cost {name} {price}."),
+    (("item", "price", "quantity"), "Price {price}, {quantity} {item}s."),
+    (("name", "price", "quantity"), "{name} gave {price} to {quantity} people."),
+    (("name", "price", "item"), "{name} got {price} for the {item}."),
+    (("name", "age", "quantity"), "{name}, {age}, has {quantity} children."),
+    (("age", "name"), "At {age}, {name} retired."),
+    (("city", "name"), "In {city} lives {name}."),
+    (("email", "name"), "Mail {email} if you look for {name}."),
+    (("name", "item", "price"), "{name} sold the {item} for {price}."),
+    (("name", "item"), "{name} lost a {item} yesterday."),
+    (("name", "item"), "The {item} belongs to {name}."),
+    (("name", "quantity", "item"), "{quantity} {item}s were delivered to {name}."),
+    (("item", "quantity"), "We have {quantity} {item}s in stock."),
+    (("item", "quantity", "city"), "{quantity} {item}s were shipped to {city}."),
+    (("item", "quantity", "price"), "{quantity} {item}s for {price} in total."),
+    (("item", "price"), "Each {item} is {price} dollars."),
+    (("item", "color"), "I am looking for a {color} {item}."),
+    (("item", "color", "quantity"), "Please pack {quantity} {color} {item}s."),
+    (("name", "item", "color"), "{name} wants the {item} in {color}."),
+    (("name", "city"), "{name} moved to {city} last year."),
+    (("name", "city"), "Call {name} from {city}."),
+    (("city", "job"), "In {city} they need a {job}."),
+    (("name", "job", "age"), "The {job} {name} is {age}."),
+    (("name", "job", "email"), "{name}, {job}, {email}"),
+    (("name", "email", "age"), "User {name} <{email}>, age {age}"),
+    (("name", "quantity"), "{name} won {quantity} times."),
+    (("name", "price"), "{name} owes {price} euros."),
+    (("name", "price", "city"), "{name} spent {price} in {city}."),
+    (("name", "color", "item"), "A {color} {item} was found by {name}."),
+    (("name", "city", "item"), "From {city}, {name} brought a {item}."),
+    (("name", "city", "quantity", "item"), "{name} in {city} returned {quantity} {item}s."),
+    (("name", "age", "job", "city", "email"), "name: {name}; age: {age}; job: {job}; city: {city}; email: {email}"),
+    (("item", "color", "price", "quantity"), "item {item}, color {color}, price {price}, quantity {quantity}"),
+    (("name", "item", "price"), "Invoice for {name}: one {item}, {price}."),
+    (("name", "city", "price"), "The trip of {name} to {city} cost {price}."),
     (("name", "age", "city"), "{name}, {age}, lives in {city}."),
     (("name", "age", "city", "job"), "{name} is a {age} year old {job} from {city}."),
     (("name", "job", "city"), "My name is {name} and I work as a {job} in {city}."),
@@ -189,7 +236,10 @@ class ExtractJSON(_Text):
         "Text: {x}\nJSON with keys {k}:", "{x} -> JSON ({k})", "extract {k} from: {x} as json",
         "Convert to JSON with the keys {k}: {x}", "Turn this into JSON: {x} Keys: {k}", "JSON please ({k}): {x}",
         "From the text below extract {k} and answer in JSON.\n{x}", "Parse: {x}\nFields: {k}\nOutput JSON.",
-        "Read this: {x} Now write {k} as a JSON object.", "提取 {k}，输出 JSON：{x}",
+        "Read this: {x} Now write {k} as a JSON object.", "Which {k}? {x} Answer with JSON.", "JSON ({k}) of: {x}",
+        "{k} as JSON, please. {x}", "Extrais {k} en JSON : {x}", "Gib {k} als JSON aus: {x}", "以 JSON 输出 {k}：{x}",
+        "{x}\n用 JSON 写出 {k}。", "JSON con {k}: {x}", "Make a JSON object with {k} from {x}",
+        "Here is a note: {x}\nList {k} in JSON.", "{x}\n\n{k}: as JSON", "parse {k} out of {x}", "提取 {k}，输出 JSON：{x}",
     )  # fmt: skip
 
     def generate(
@@ -204,7 +254,7 @@ class ExtractJSON(_Text):
         if rng.random() < 0.4:
             asked = rng.sample(asked, rng.randint(1, len(asked)))
         if rng.random() < 0.25:
-            other = rng.choice([s for s in _SENTENCES if not set(s[0]) & set(keys)] or [_SENTENCES[3]])
+            other = rng.choice([s for s in _SENTENCES[:-2] if not set(s[0]) & set(keys)] or [_SENTENCES[0]])
             if not set(other[0]) & set(keys):
                 text = rng.choice((f"{text} {other[1].format(**record)}", f"{other[1].format(**record)} {text}"))
         answer = json.dumps({k: record[k] for k in asked})

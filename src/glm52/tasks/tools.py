@@ -8,7 +8,7 @@ from typing import Any
 
 from glm52.chat import Reply, Thinking
 from glm52.tasks.base import Bucket, Example, Message, Split, assistant, choose_phrasing, draw_thinking, user
-from glm52.tasks.words import CITIES, NAMES, NOUNS, WORDS, draw, draw_many, nonsense
+from glm52.tasks.words import CITIES, NAMES, NOUNS, WORDS, coined, draw, draw_many, nonsense
 
 Arguments = dict[str, Any]
 
@@ -119,16 +119,21 @@ _KINDS = (
         ("add_items", "add_to_cart", "shopping_list"), "Put items on the list",
         {"items": {"type": "array", "items": {"type": "string"}}},
         ("Add {items} to my list.", "Put {items} in the cart.", "I need {items}.", "add {items}", "Buy {items} please."),
-        lambda r, s: {"items": draw_many(r, NOUNS, r.randint(1, 3))},
+        lambda r, s: {"items": draw_many(r, NOUNS, r.randint(1, 3), s)},
         lambda r, a: ("ok", f"Added {', '.join(a['items'])}."),
     ),
 )  # fmt: skip
 
 
-def _definition(rng: random.Random, kind: _Kind) -> dict[str, Any]:
+def _definition(rng: random.Random, kind: _Kind, split: Split) -> dict[str, Any]:
+    """The tool as a client declares it. Half of the names that training sees are coined, so that names get copied."""
+    name = rng.choice(kind.names)
+    if split == "train" and rng.random() < 0.5:
+        name = "_".join(
+            rng.choice((coined(rng, is_name=False), rng.choice(WORDS[:-12]), name)) for _ in range(rng.randint(1, 2))
+        )
     parameters = {"type": "object", "properties": kind.parameters, "required": list(kind.parameters)}
-    return {"type": "function", "function": {
-        "name": rng.choice(kind.names), "description": kind.description, "parameters": parameters}}  # fmt: skip
+    return {"type": "function", "function": {"name": name, "description": kind.description, "parameters": parameters}}
 
 
 def _spoken(arguments: Arguments) -> dict[str, str]:
@@ -156,7 +161,7 @@ class CallTool:
         thinking = thinking or draw_thinking(rng)
         level = rng.choice((0, 0, 0, 1, 2, 2)) if level is None else level
         kinds = rng.sample(_KINDS, rng.randint(2 if level == 1 else 1, 4))
-        tools = [_definition(rng, k) for k in kinds]
+        tools = [_definition(rng, k, split) for k in kinds]
         wanted = list(range(2)) if level == 1 else [0]
         arguments = [kinds[i].draw(rng, split) for i in wanted]
         asks = [choose_phrasing(rng, kinds[i].phrasings, split).format(**_spoken(a))
@@ -218,7 +223,7 @@ class NoTool:
         thinking = thinking or draw_thinking(rng)
         ask, answer = rng.choice(self.forms)
         x = draw(rng, WORDS, split) if rng.random() < 0.6 else nonsense(rng, 4)
-        tools = [_definition(rng, k) for k in rng.sample(_KINDS, rng.randint(1, 3))]
+        tools = [_definition(rng, k, split) for k in rng.sample(_KINDS, rng.randint(1, 3))]
         return Example(
             task=self.name, messages=[user(ask.format(x=x))], tools=tools, answer=answer.format(x=x), thinking=thinking,
             target=[assistant(answer.format(x=x), "No tool is needed." if thinking.enabled else None)],

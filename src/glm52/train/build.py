@@ -1,8 +1,9 @@
 """``glm52 data``: a tokenizer and token shards from local packages and our own generators.
 
 Natural text makes the buckets code, prose and multilingual; generated conversations make chat_code, chat_maths,
-chat_general, for long contexts chat_long, for quoting the prompt chat_copy, for fields and calls chat_skills; induction
-is random tokens, repeated.
+chat_general, for long contexts chat_long, for quoting the prompt chat_copy, for fields and calls chat_skills, for many
+questions about one text chat_recall and, up to a thousand tokens, chat_mid. Random tokens make induction (repeated) and
+pairs (looked up by key).
 Each natural bucket has a held-out twin ``.test``. Everything is a function of the seed and of what is installed; the
 manifest records both.
 """
@@ -24,15 +25,16 @@ from glm52.chat import ChatTemplate, Thinking
 from glm52.errors import ConfigError
 from glm52.shards import write_bucket
 from glm52.tasks.base import Bucket, Example
+from glm52.tasks.recall import KeyValue, Needle
 from glm52.tokenizer import Tokenizer
 from glm52.train.corpus import SOURCES, Corpus
 
 logger = logging.getLogger(__name__)
 
 NATURAL = ("code", "prose", "multilingual")
-# Shares of all generated tokens; chat_long is needles, tables and lists far beyond a training window.
-CHAT_SHARES = {"chat_code": 0.27, "chat_maths": 0.33, "chat_general": 0.3, "chat_long": 0.1, "chat_copy": 0.15,
-               "chat_skills": 0.25}  # fmt: skip
+# Of the tokens asked for; together more than all of them, because a stage may want much of one.
+CHAT_SHARES = {"chat_code": 0.16, "chat_maths": 0.2, "chat_general": 0.18, "chat_long": 0.14, "chat_copy": 0.09,
+               "chat_skills": 0.25, "chat_recall": 0.12, "chat_mid": 0.09}  # fmt: skip
 
 # Names and order of GLM's special tokens; they stand at the end of the vocabulary.
 SPECIAL_TOKENS = (
@@ -127,7 +129,7 @@ def _plain(template: ChatTemplate, example: Example) -> str:
 
 
 def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list[str] | None, seed: int) -> None:
-    """Write every bucket and the manifest; natural text makes at most 45 % of the tokens, conversations the rest."""
+    """Write every bucket and the manifest; see ``CHAT_SHARES`` for the size of the generated ones."""
     tokenizer, template = Tokenizer.read(model), ChatTemplate.read(model)
     path = out / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"buckets": {}}
@@ -140,9 +142,11 @@ def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list
                 manifest["buckets"][name] = write_bucket(out, name, _tokenized(tokenizer, texts, bucket, seed))
     if only is None or "induction" in only:
         manifest["buckets"]["induction"] = write_bucket(out, "induction", repetitions(tokens // 16, seed))
+    if only is None or "pairs" in only:
+        manifest["buckets"]["pairs"] = write_bucket(out, "pairs", looked_up_pairs(tokens // 16, seed))
     for name, share in CHAT_SHARES.items():
         if only is None or name in only:
-            room = int(tokens * 0.6 * share)
+            room = int(tokens * share)
             manifest["buckets"][name] = write_bucket(out, name, conversations(tokenizer, template, name, room, seed))
     manifest |= {
         "seed": seed,
@@ -194,10 +198,44 @@ def repetitions(tokens: int, seed: int) -> Iterator[tuple[list[int], list[bool]]
         yield part * times, [i >= len(part) for i in range(times * len(part))]
 
 
+def looked_up_pairs(tokens: int, seed: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """Keys with values, then the keys again in another order: many look-ups in every document, as text has few.
+
+    Keys and values are one to three tokens from an alphabet that may be as small as ten, so that a key must be matched
+    as a whole. Supervised: the second time a value appears. Source: Arora et al., Zoology (arXiv 2312.04927).
+    """
+    rng, total = random.Random(f"{seed}:pairs"), 0
+    while total < tokens:
+        alphabet = rng.sample(range(4000), rng.choice((10, 40, 1000)))
+        size = rng.randint(2, 3) if len(alphabet) == 10 else rng.randint(1, 3)
+        between, after = rng.sample(range(4000), 2)
+        keys = {tuple(rng.choices(alphabet, k=size)) for _ in range(rng.randint(3, 30))}
+        pairs = [(list(k), rng.choices(alphabet, k=rng.randint(1, 3))) for k in sorted(keys)]
+        ids: list[int] = []
+        mask: list[bool] = []
+        for is_asked in (False, True):
+            rng.shuffle(pairs)
+            for key, value in pairs:
+                ids += [*key, between, *value, after]
+                mask += [False] * (len(key) + 1) + [is_asked] * (len(value) + 1)
+        total += len(ids)
+        yield ids, mask
+
+
+# Task, level and most questions of the buckets that look things up.
+_RECALL = {
+    "chat_recall": (("key_value", 1, 4), ("key_value", 2, 8), ("key_value", 3, 10), ("needle", 0, 4), ("needle", 1, 6)),
+    "chat_mid": (("key_value", 4, 16), ("needle", 2, 8), ("needle", 2, 8)),
+    "chat_long": (("needle", 3, 10), ("needle", 4, 12), ("needle", 5, 14), ("needle", 5, 14)),
+}
+
+
 def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] | None, Thinking]:
-    if name == "chat_long":
-        task, level = rng.choice((("needle", 3), ("needle", 4), ("needle", 5), ("needle", 5), ("key_value", 4)))
-        example = tasks.TASKS[task].generate(rng, split="train", level=level)
+    if name in _RECALL:
+        task, level, asks = rng.choice(_RECALL[name])
+        example = (Needle() if task == "needle" else KeyValue()).generate(
+            rng, split="train", level=level, asks=rng.randint(1, asks)
+        )
     elif name == "chat_skills":
         task = rng.choices(("json", "tool_call", "passage", "table", "copy"), weights=(8, 8, 2, 1, 2))[0]
         example = tasks.TASKS[task].generate(rng, split="train")
@@ -211,7 +249,7 @@ def _conversation(rng: random.Random, name: str) -> tuple[list[Any], list[Any] |
     messages, thinking = [*example.messages, *example.target], example.thinking
     if rng.random() < 0.1:
         messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM)})
-    if example.tools is None and name not in ("chat_long", "chat_copy", "chat_skills") and rng.random() < 0.33:
+    if example.tools is None and name in ("chat_code", "chat_maths", "chat_general") and rng.random() < 0.33:
         thinking = Thinking(enabled=thinking.enabled, effort=thinking.effort, clear=False)
         for _ in range(rng.randint(1, 2)):
             more = tasks.draw(rng, "train", rng.choice(("maths", "general")))

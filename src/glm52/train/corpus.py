@@ -174,16 +174,16 @@ class Corpus:
             for text in texts:
                 if self.taken[source.name] >= source.max_chars:
                     return
-                clean = self._clean(text)
+                clean = self._clean(text, is_code=source.bucket == "code")
                 if clean is not None:
                     self.taken[source.name] += len(clean)
                     self.counts[source.name] += 1
                     yield Document(source.name, clean, held_out("document", clean))
 
-    def _clean(self, text: str) -> str | None:
-        """The text without lines seen three times elsewhere; None for duplicates, fragments and generated files."""
+    def _clean(self, text: str, is_code: bool) -> str | None:
+        """The text without lines seen three times elsewhere; None for duplicates, fragments and generated code."""
         lines = text.replace("\r\n", "\n").splitlines()
-        if not lines or (max(map(len, lines)) > 3000 and len(lines) < 20):
+        if not lines or (is_code and max(map(len, lines)) > 3000 and len(lines) < 20):
             return None
         kept = []
         for line in lines:
