@@ -51,7 +51,7 @@ constexpr float e4m3_magnitude(unsigned code) {
 }
 
 // A format of one byte a value, 64 bytes a step, placed as ``byte_place`` says. With AVX-512 both halves of the
-// bfloat16 are looked up, 64 at a time. int8 has no need of two zeros: its second one is -128.
+// bfloat16 are looked up, 64 at a time.
 template <float (*magnitude)(unsigned), Format FORMAT>
 struct Bytes {
   using Activation = bf16;
@@ -74,19 +74,13 @@ struct Bytes {
     const __m512i x = _mm512_loadu_si512(p);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(codes.low), x, _mm512_load_si512(codes.low + 64));
     const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(codes.high), x, _mm512_load_si512(codes.high + 64));
-    const __m512i sign = _mm512_set1_epi8(-128);
-    __m512i with_sign = _mm512_ternarylogic_epi64(high, x, sign, 0xf8);  // high | (x & 0x80)
-    if constexpr (FORMAT == Format::int8) {
-      constexpr auto lowest = static_cast<char>(std::bit_cast<uint32_t>(-128.0f) >> 24);
-      with_sign = _mm512_mask_blend_epi8(_mm512_cmpeq_epi8_mask(x, sign), with_sign, _mm512_set1_epi8(lowest));
-    }
+    const __m512i with_sign = _mm512_ternarylogic_epi64(high, x, _mm512_set1_epi8(-128), 0xf8);  // high | (x & 0x80)
     return {{{_mm512_unpacklo_epi8(low, with_sign)}, {_mm512_unpackhi_epi8(low, with_sign)}}};
   }
 #else
   static Step load(const uint8_t* p) {
     return decode([&](size_t i) {
       const uint8_t code = p[byte_place(i)];
-      if (FORMAT == Format::int8 && code == 128) return -128.0f;
       return code & 128 ? -magnitude(code & 127) : magnitude(code);
     });
   }
@@ -95,6 +89,26 @@ struct Bytes {
 
 using INT8 = Bytes<int8_magnitude, Format::int8>;
 using FP8 = Bytes<e4m3_magnitude, Format::fp8>;
+
+// With -128 among the values: the code of a second zero.
+struct INT8Lowest : INT8 {
+#if defined(__AVX512BW__)
+  static Step load(const uint8_t* p) {
+    const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+    const __m512i lowest = _mm512_set1_epi16(static_cast<int16_t>(std::bit_cast<uint32_t>(-128.0f) >> 16));
+    Step step = INT8::load(p);
+    for (Pairs& x : step.pairs) x.v = _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(x.v, zero), x.v, lowest);
+    return step;
+  }
+#else
+  static Step load(const uint8_t* p) {
+    return decode([&](size_t i) {
+      const uint8_t code = p[byte_place(i)];
+      return code == 128 ? -128.0f : code & 128 ? -int8_magnitude(code & 127) : int8_magnitude(code);
+    });
+  }
+#endif
+};
 
 // 32 bytes: byte i holds value i in its low and value i + 32 in its high half, both plus 8.
 struct INT4 {

@@ -98,6 +98,7 @@ void walk_any(const Matrix& w, const void* x, size_t tokens, size_t begin, size_
     case Format::bf16:
       return walk<BF16>(w, x, tokens, begin, end, each);
     case Format::int8:
+      if (w.lowest) return walk<INT8Lowest>(w, x, tokens, begin, end, each);
       return walk<INT8>(w, x, tokens, begin, end, each);
     case Format::int4:
       if (w.zeros) return walk<INT4Zeros>(w, x, tokens, begin, end, each);

@@ -68,8 +68,9 @@ inline bool is_scaled(Format f) { return f != Format::f32 && f != Format::bf16; 
 struct Matrix {
   Format format = Format::f32;
   size_t rows = 0, depth = 0;
-  size_t group = 0;    // values that share a scale; 0 without scales
-  bool zeros = false;  // int4 with a zero point beside each scale
+  size_t group = 0;     // values that share a scale; 0 without scales
+  bool zeros = false;   // int4 with a zero point beside each scale
+  bool lowest = false;  // int8 with -128 among its values
   Buffer<uint8_t> data;
   Buffer<float> scales;
 

@@ -64,6 +64,7 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   m->depth = s.depth;
   m->group = is_scaled(s.format) ? s.group : 0;
   m->zeros = s.zeros != nullptr;
+  m->lowest = s.format == Format::int8 && std::memchr(s.data, 0x80, s.rows * s.depth);
   m->data.reserve(m->panels() * m->panel_bytes());
   m->scales.reserve(m->panels() * m->groups() * m->group_floats());
   pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
