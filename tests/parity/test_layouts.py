@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,24 @@ def test_what_is_stored_is_packed_and_what_is_not_stays(tmp_path: Path) -> None:
     expected = logits(load(oracle, dtype=torch.float32))
     in_bf16 = logits(load_for_inference(quantized, "bf16"))
     assert rms(logits(load_for_inference(quantized)) - expected) < 1.25 * rms(in_bf16 - expected)
+
+
+def test_fp8_reaches_the_kernels_byte_by_byte(tmp_path: Path) -> None:
+    """What is handed to ``pack`` are the file's E4M3 bits, and for each row its block's scales: nothing is rounded again."""
+    quantized, _ = write(tmp_path, "fp8")
+    tensors, given = load_file(quantized / "model.safetensors"), []
+    recorder = SimpleNamespace(pack=lambda *args, **_: given.append(args))
+    for fmt in (None, "fp8"):
+        given.clear()
+        Packer(Checkpoint(quantized, CONFIG), fmt, recorder).layer(0)
+        for name, rows in (("self_attn.q_a_proj", slice(0, 64)), ("self_attn.kv_a_proj_with_mqa", slice(64, 104)),
+                           ("self_attn.o_proj", slice(None)), ("mlp.down_proj", slice(None))):  # fmt: skip
+            stored = tensors[f"model.layers.0.{name}.weight"].view(torch.uint8)
+            scale = tensors[f"model.layers.0.{name}.weight_scale_inv"].repeat_interleave(BLOCK, 0)[: len(stored)]
+            assert any(
+                args[0] == "fp8" and torch.equal(args[1][rows], stored) and torch.equal(args[2][rows], scale)
+                for args in given if len(args) == 4 and len(args[1][rows]) == len(stored)
+            ), name  # fmt: skip
 
 
 @needs_kernels

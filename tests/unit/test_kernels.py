@@ -17,7 +17,7 @@ from torch import Tensor
 
 import glm52
 from glm52 import ops
-from glm52.packing import pack
+from glm52.packing import pack, pack_held
 from glm52.quant import QTensor, quantize
 
 if ops.backend() == "reference":
@@ -78,15 +78,22 @@ def stored(fmt: str, N: int, D: int, group: int, seed: int) -> QTensor:
     return QTensor(data, scale, "int8" if fmt == "int8" else "int4", group, zero)
 
 
+def exact(w: QTensor) -> Tensor:
+    """scale * (data - zero) in fp64, group by group."""
+    zero = torch.zeros_like(w.scale) if w.zero is None else w.zero
+    return torch.cat(
+        [(part - zero[:, i : i + 1].double()) * w.scale[:, i : i + 1].double()
+         for i, part in enumerate(w.data.double().split(w.group, 1))], 1,
+    )  # fmt: skip
+
+
 @settings(max_examples=120, deadline=None)
 @given(T=st.integers(1, 30), N=st.integers(1, 70), D=st.integers(1, 300), group=st.sampled_from((4, 32, 64, 128, 300)),
        fmt=st.sampled_from(("int8", "int4", "int4z", "fp8")), seed=st.integers(0, 99))  # fmt: skip
 def test_stored_values_scales_and_zeros_are_what_is_multiplied(T, N, D, group, fmt, seed) -> None:
     """The bound of ``test_linear``: scale and sums are rounded, the values themselves are exact. Rows do not depend on the batch."""
     w, x = stored(fmt, N, D, group, seed), random(T, D, seed=seed).bfloat16().float()
-    values = (w.data.double() - (0 if w.zero is None else w._per_element(w.zero).double())) * w._per_element(
-        w.scale
-    ).double()
+    values = exact(w)
     packed = pack(kernels, [w], None)
     y = native(x, packed, 2)
     bound = (D + 2) * 2**-23 * (x.double().abs() @ values.abs().t()) + 1e-30
@@ -100,6 +107,37 @@ def test_packed_values_decode_to_exactly_what_is_stored(fmt: str) -> None:
     w = stored(fmt, 70, 133, 64, 0)
     w = QTensor(w.data, torch.exp2((w.scale * 9).round()), w.format, w.group, w.zero)
     assert torch.equal(native(torch.eye(133), pack(kernels, [w], w.format)).t(), w.dequantize())
+
+
+@settings(max_examples=40, deadline=None)
+@given(T=st.integers(1, 40), D=st.integers(1, 40), F=st.integers(1, 40), fmt=st.sampled_from(("int8", "int4", "int4z", "fp8")),
+       group=st.sampled_from((4, 32, 128)), seed=st.integers(0, 99))  # fmt: skip
+def test_experts_of_stored_values(T: int, D: int, F: int, fmt: str, group: int, seed: int) -> None:
+    """Against fp64. h leaves the first product with its sums' rounding, then becomes bf16: 2^-9, taken twice for the second
+    product. Bits are those of one token alone."""
+    E, K = 4, 2
+    parts = [stored(fmt, *shape, group, seed + i) for i in range(E) for shape in ((F, D), (F, D), (D, F))]
+    experts = [
+        (pack_held(kernels, parts[i : i + 2], alternate=True), pack(kernels, [parts[i + 2]], None))
+        for i in range(0, 3 * E, 3)
+    ]
+    x = (random(T, D, seed=seed) / 16 / D).bfloat16().float()
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).int()
+    weights, expected, bound = torch.rand(T, K), torch.zeros(T, D).double(), torch.zeros(T, D).double()
+    for t in range(T):
+        for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
+            gate, up, down = map(exact, parts[3 * e : 3 * e + 3])
+            h = torch.nn.functional.silu(gate @ x[t].double()) * (up @ x[t].double())
+            sums = (up.abs() @ x[t].abs().double()) * (1 + gate.abs() @ x[t].abs().double())
+            expected[t] += weight * (down @ h)
+            bound[t] += weight * (down.abs() @ (2**-8 * h.abs() + (D + 4) * 2**-23 * sums))
+    y = torch.zeros(T, D)
+    kernels.expert_ffn(x, ids, weights, experts, y, 2)
+    assert ((y - expected).abs() <= bound + 1e-30).all()
+    for t in range(T):
+        alone = torch.zeros(1, D)
+        kernels.expert_ffn(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], experts, alone, 1)
+        assert torch.equal(alone[0], y[t])
 
 
 def test_all_values_less_all_zeros() -> None:
