@@ -35,6 +35,13 @@ Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, boo
   }
 }
 
+bool Cache::fits(const Dims& d, const std::vector<Layer>& layers) const {
+  const size_t keys = round_up(num_rows, KEY_BLOCK) * d.index_dim * (as_float ? sizeof(float) : 2);
+  bool fit = layers.size() == rows_.size() && row_stride == round_up(d.latent + d.rotary, ROW_PAD);
+  for (size_t i = 0; fit && i < layers.size(); ++i) fit = !layers[i].index_weights || keys_[i].size() >= keys;
+  return fit;
+}
+
 size_t Cache::num_bytes() const {
   size_t total = 0;
   for (const auto& b : rows_) total += b.size();
@@ -226,6 +233,7 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
   const size_t T = b.tokens, G = top_k;
   const int64_t longest = *std::max_element(b.positions, b.positions + T) + 1;
   s.tokens = T;
+  s.num_rows = cache.num_rows;
   s.width = std::min(G, static_cast<size_t>(longest));
   int32_t *ids = s.ids.reserve(T * s.width), *counts = s.counts.reserve(T);
   // Few tokens share each scan among the threads.

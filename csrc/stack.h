@@ -45,6 +45,8 @@ class Cache {
  public:
   Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float);
   Cache(const Cache&) = delete;
+  // Whether it has room for rows and keys of these layers.
+  bool fits(const Dims& d, const std::vector<Layer>& layers) const;
   void* rows(size_t layer) { return rows_[layer].data(); }
   void* keys(size_t layer) { return keys_[layer].data(); }
   size_t layers() const { return rows_.size(); }
@@ -66,10 +68,10 @@ struct Batch {
   size_t table_width, page_size;
 };
 
-// Rows each token attends to: ids [tokens, width], count of each.
+// Rows each token attends to: ids [tokens, width] in a cache of num_rows, count of each.
 struct Selection {
   Buffer<int32_t> ids, counts;
-  size_t tokens = 0, width = 0;
+  size_t tokens = 0, width = 0, num_rows = 0;
 };
 
 // What stands before and after the layers. embedding [vocabulary, D], float or bfloat16, is not owned. The last four
