@@ -141,10 +141,10 @@ class Checkpoint:
             info = self.tensors[name]
             if info.shape != shape:
                 raise CheckpointError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)} from "
-                                      "config.json")  # fmt: skip
+                                      "config.json; check that it belongs to the file")  # fmt: skip
             if info.dtype not in dtypes:
                 raise CheckpointError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}; "
-                                      "its quantization_config does not say how to read it")  # fmt: skip
+                                      "check that config.json's quantization_config belongs to the file")  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """A tensor as stored."""

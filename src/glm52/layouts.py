@@ -44,6 +44,9 @@ def read_matrix(scheme: Scheme, module: str, shape: tuple[int, ...], read: Calla
             data, zeros = _awq_order(_nibbles(tensor("qweight"))).t(), _awq_order(zeros)
         else:
             data = _nibbles(tensor("qweight").t())
+            if scheme.zero_offset and (zeros == 15).any():
+                raise CheckpointError(f"{module}.qzeros: expected zero points less one, 0 to 14, found 15, which some "
+                                      "readers take for 0 and some for 16; get it as gptq_v2")  # fmt: skip
         data, zero = _signed(data, scheme), _signed(zeros.t(), scheme) + scheme.zero_offset
     if zero is not None:
         zero = zero.contiguous() if zero.any() else None

@@ -319,6 +319,29 @@ def test_activation_order_is_refused(tmp_path: Path) -> None:
         load(quantized)
 
 
+@pytest.mark.parametrize(("name", "part", "spoil", "named"), [
+    ("awq", "scales", None, "o_proj.scales.*get the folder again"),
+    ("awq", "qzeros", lambda t: t[:1], r"o_proj.qzeros has shape \[1, 8\], expected \[2, 8\].*check"),
+    ("awq", "qweight", lambda t: t.long(), "o_proj.qweight has dtype I64, expected I32.*check"),
+    ("gptq", "qweight", lambda t: t.t(), "o_proj.qweight has shape.*check"),
+    ("gptq", "qzeros", lambda t: t | 15, "o_proj.qzeros: expected zero points less one, 0 to 14, found 15.*gptq_v2"),
+    ("w4a16", "weight_scale", lambda t: t.int(), "o_proj.weight_scale has dtype I32, expected F64 or F32.*check"),
+    ("w4a16", "weight_shape", None, "o_proj.weight_shape.*get the folder again"),
+    ("w4a16 asymmetric", "weight_zero_point", lambda t: t.t(), "o_proj.weight_zero_point has shape.*check"),
+    ("fp8", "weight_scale_inv", None, "o_proj.weight_scale_inv.*get the folder again"),
+])  # fmt: skip
+def test_a_spoilt_tensor_is_named(
+    name: str, part: str, spoil: Callable[[Tensor], Tensor] | None, named: str, tmp_path: Path
+) -> None:
+    quantized, _ = write(tmp_path, name, replace(CONFIG, v_head_dim=32))
+    tensors = load_file(quantized / "model.safetensors")
+    key = f"model.layers.0.self_attn.o_proj.{part}"
+    old = tensors.pop(key)
+    save_file(tensors | ({key: spoil(old).contiguous()} if spoil else {}), quantized / "model.safetensors")
+    with pytest.raises(CheckpointError, match=named):
+        load(quantized)
+
+
 def test_inspect_says_what_does_not_load(tmp_path: Path) -> None:
     quantized, _ = write(tmp_path, "awq")
     report = describe_checkpoint(quantized, replace(CONFIG, quantization_config={"quant_method": "modelopt"}))
