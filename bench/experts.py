@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.common import finish, matmul_peak, read_bandwidth
 from glm52 import ops
-from glm52.native import pack
+from glm52.packing import hold, pack, pack_held
 
 D, F, E, K = 6144, 2048, 16, 8
 
@@ -55,7 +55,7 @@ def main() -> None:
     down = [torch.randn(D, F, generator=generator) * F**-0.5 for _ in range(E)]
     halves = [w.bfloat16() for w in gate_up], [w.bfloat16() for w in down]
     for fmt in args.formats.split(","):
-        experts = [(pack(kernels, g.chunk(2), fmt, alternate=True), pack(kernels, [d], fmt))
+        experts = [(pack_held(kernels, [hold(w, fmt) for w in g.chunk(2)], alternate=True), pack(kernels, [d], fmt))
                    for g, d in zip(gate_up, down, strict=True)]  # fmt: skip
         for tokens in map(int, args.tokens.split(",")):
             x = torch.randn(tokens, D, generator=generator)

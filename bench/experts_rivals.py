@@ -89,13 +89,16 @@ class Ours(Experts):
 
     def open(self, fmt: str, threads: int) -> dict[str, Any]:
         from glm52 import ops
-        from glm52.native import pack
+        from glm52.packing import hold, pack, pack_held
 
         self.kernels, self.threads = ops.kernels(), threads
         if fmt != self.fmt:
             self.experts: Any = None
-            self.experts = [(pack(self.kernels, g.chunk(2), fmt, alternate=True), pack(self.kernels, [d], fmt))  # type: ignore[arg-type]
-                            for g, d in zip(self.gate_up, self.down, strict=True)]  # fmt: skip
+            self.experts = [
+                (pack_held(self.kernels, [hold(w, fmt) for w in g.chunk(2)], alternate=True),  # type: ignore[arg-type]
+                 pack(self.kernels, [d], fmt))  # type: ignore[arg-type]
+                for g, d in zip(self.gate_up, self.down, strict=True)
+            ]  # fmt: skip
             self.fmt = fmt
         return {"bytes": sum(g.num_bytes + d.num_bytes for g, d in self.experts)}
 

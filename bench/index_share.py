@@ -8,19 +8,37 @@ a layer, all of them active, so that a token costs what it costs in the model. T
 
 import argparse
 import gc
+import math
 import resource
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bench.common import finish, matmul_peak, read_bandwidth
 from bench.context import fill
 from glm52.cache import Spans
+from glm52.checkpoint import expected_tensors
 from glm52.config import GLMConfig
-from glm52.model import GLM
 from glm52.native import NativeGLM
+
+
+@dataclass
+class RandomWeights:
+    """The same numbers over and over: what a product costs does not depend on them."""
+
+    config: GLMConfig
+
+    def __post_init__(self) -> None:
+        self.shapes = expected_tensors(self.config)
+        self.values = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def weight(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        size, scale = math.prod(shape), shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        return (self.values.repeat(-(-size // len(self.values)))[:size] * scale).view(shape)
 
 
 def random_group(indexer_types: tuple[str, ...], threads: int) -> NativeGLM:
@@ -28,13 +46,7 @@ def random_group(indexer_types: tuple[str, ...], threads: int) -> NativeGLM:
         GLMConfig.preset("glm-5.2"), num_hidden_layers=4, indexer_types=indexer_types, mlp_layer_types=("sparse",) * 4,
         n_routed_experts=8, vocab_size=64, num_nextn_predict_layers=0,
     )  # fmt: skip
-    model = GLM(config).to(torch.bfloat16).requires_grad_(False)
-    values = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for p in model.parameters():  # the same numbers over and over: what a product costs does not depend on them
-        flat, scale = p.data.view(-1), p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1
-        for begin in range(0, len(flat), len(values)):
-            flat[begin : begin + len(values)] = values[: len(flat) - begin] * scale
-    return NativeGLM(model, "bf16", threads, consume=True)
+    return NativeGLM(RandomWeights(config), "bf16", threads)
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from glm52.evaluate import answer, held_out_examples
 from glm52.hub import resolve
 from glm52.load import load
 from glm52.model import GLM
-from glm52.native import soft_format
+from glm52.packing import soft_format
 from glm52.quant import WeightFormat, quantize
 from glm52.session import Session
 from glm52.tasks import TASKS, draw

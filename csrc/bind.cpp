@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -115,6 +116,30 @@ const T* integers(const char* name, const Array& a, std::initializer_list<size_t
   return static_cast<const T*>(a.data());
 }
 
+size_t within(const char* name, size_t n, size_t least, size_t most) {
+  if (n < least || n > most) {
+    refuse(std::string(name) + ": expected " + std::to_string(least) + " to " + std::to_string(most) + ", found " +
+           std::to_string(n));
+  }
+  return n;
+}
+constexpr size_t LARGE = 0x7fffffff;  // rows and their numbers are int32
+size_t some_threads(size_t n) { return within("threads", n, 1, 1024); }
+
+template <class T>
+T cast(const char* name, const nb::handle& value) {
+  try {
+    return nb::cast<T>(value);
+  } catch (const std::bad_cast&) {
+    refuse(std::string(name) + ": found a value of another type");
+  }
+}
+template <class T>
+T entry(const nb::dict& d, const char* key) {
+  if (!d.contains(key)) refuse(std::string(key) + ": expected an entry, found none");
+  return cast<T>(key, d[key]);
+}
+
 Vector vector_of(const char* name, const Array& a, size_t size) {
   const float* p = floats(name, a, {size});
   return Vector(p, p + size);
@@ -137,8 +162,18 @@ Format format_named(const std::string& name, std::initializer_list<Format> some)
   refuse("format: expected one of " + all + ", found " + name);
 }
 
+// Zeros of int4, int8 of the scales' shape and each -8 to 8.
+const int8_t* read_zeros(const Source& s, const Array& zeros, std::initializer_list<size_t> shape) {
+  if (s.format != Format::int4) refuse(std::string("zeros: not expected for ") + name_of(s.format));
+  require("zeros", zeros, zeros.dtype() == nb::dtype<int8_t>(), "int8", shape);
+  const auto* z = static_cast<const int8_t*>(zeros.data());
+  if (std::any_of(z, z + zeros.size(), [](int8_t x) { return x < -ZERO_POINT || x > ZERO_POINT; }))
+    refuse("zeros: expected -8 to 8");
+  return z;
+}
+
 Weights pack_matrix(const std::string& format, Array w, std::optional<Array> scales, size_t group, size_t scale_rows,
-                    size_t threads) {
+                    std::optional<Array> zeros, size_t threads) {
   Source s = {};
   s.format = format_named(format, {Format::f32, Format::bf16, Format::int8, Format::int4, Format::fp8});
   const bool dtype_ok = s.format == Format::f32    ? is_f32(w.dtype())
@@ -154,17 +189,18 @@ Weights pack_matrix(const std::string& format, Array w, std::optional<Array> sca
   s.data = w.data();
   s.rows = w.shape(0);
   s.depth = w.shape(1);
-  s.threads = threads;
+  s.threads = some_threads(threads);
   if (!s.rows || !s.depth) refuse("w: expected at least one row and column, found " + shape_of(w));
   if (is_scaled(s.format) != scales.has_value()) {
     refuse(std::string("scales: ") + (scales ? "not expected for " : "expected for ") + format);
   }
   if (scales) {
-    if (!group || group % STEP) refuse("group: expected a multiple of 4, found " + std::to_string(group));
-    if (!scale_rows) refuse("scale_rows: expected at least 1, found 0");
-    s.group = group;
-    s.scale_rows = scale_rows;
-    s.scales = floats("scales", *scales, {(s.rows + scale_rows - 1) / scale_rows, (s.depth + group - 1) / group});
+    s.group = within("group", group, STEP, LARGE);
+    if (group % STEP) refuse("group: expected a multiple of 4, found " + std::to_string(group));
+    s.scale_rows = within("scale_rows", scale_rows, 1, LARGE);
+    const auto shape = {(s.rows + scale_rows - 1) / scale_rows, (s.depth + group - 1) / group};
+    s.scales = floats("scales", *scales, shape);
+    if (zeros) s.zeros = read_zeros(s, *zeros, shape);
   }
   const nb::gil_scoped_release unlocked;
   return pack(s);
@@ -183,6 +219,7 @@ void linear(Array x, const Weights& w, Output y, size_t threads) {
   const size_t T = x.shape(0);
   require_matrix("w", w, ANY, x.shape(1));
   float* out = floats_out("y", y, {T, w->rows});
+  some_threads(threads);
   const nb::gil_scoped_release unlocked;
   Stack(Dims{}, *table, threads).linear(*w, in, w->depth, T, out, w->rows);
 }
@@ -191,6 +228,7 @@ void linear(Array x, const Weights& w, Output y, size_t threads) {
 double read_seconds(Array data, size_t threads) {
   const float* p = floats("data", data, {ANY});
   const size_t n = data.shape(0);
+  some_threads(threads);
   std::atomic<float> seen = 0.0f;
   const nb::gil_scoped_release unlocked;
   const auto began = std::chrono::steady_clock::now();
@@ -201,8 +239,8 @@ double read_seconds(Array data, size_t threads) {
 // ── the stack ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Dims read_dims(const nb::dict& d) {
-  const auto n = [&](const char* key) { return nb::cast<size_t>(d[key]); };
-  const auto f = [&](const char* key) { return nb::cast<double>(d[key]); };
+  const auto n = [&](const char* key) { return within(key, entry<size_t>(d, key), 1, LARGE); };
+  const auto f = [&](const char* key) { return entry<double>(d, key); };
   Dims out = {};
   out.hidden = n("hidden"), out.heads = n("heads"), out.query_rank = n("query_rank"), out.latent = n("latent");
   out.nope = n("nope"), out.rotary = n("rotary"), out.value = n("value"), out.index_heads = n("index_heads");
@@ -210,14 +248,14 @@ Dims read_dims(const nb::dict& d) {
   out.experts_per_token = n("experts_per_token");
   out.eps = static_cast<float>(f("eps")), out.latent_eps = static_cast<float>(f("latent_eps"));
   out.index_eps = static_cast<float>(f("index_eps")), out.route_scale = static_cast<float>(f("route_scale"));
-  out.normalize_weights = nb::cast<bool>(d["normalize_weights"]);
+  out.normalize_weights = entry<bool>(d, "normalize_weights");
   out.theta = f("theta");
   if (out.index_dim % STEP) refuse("index_dim: expected a multiple of 4, found " + std::to_string(out.index_dim));
   return out;
 }
 
 Expert read_expert(const nb::handle& pair, size_t hidden) {
-  const auto [gate_up, down] = nb::cast<std::pair<Weights, Weights>>(pair);
+  const auto [gate_up, down] = cast<std::pair<Weights, Weights>>("experts", pair);
   require_matrix("gate_up", gate_up, ANY, hidden);
   require_matrix("down", down, hidden, down ? down->depth : 0);
   if (gate_up->panels() % 2 || down->depth > gate_up->rows / 2)
@@ -243,7 +281,9 @@ void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Outp
   float* out = floats_out("y", y, {T, D});
   std::vector<Expert> all;
   for (const nb::handle pair : experts) all.push_back(read_expert(pair, D));
+  if (all.empty()) refuse("experts: expected at least one, found none");
   require_one_kind(all);
+  some_threads(threads);
   for (size_t i = 0; i < T * K; ++i) {
     if (chosen[i] < 0 || static_cast<size_t>(chosen[i]) >= all.size())
       refuse("ids: expected 0 to " + std::to_string(all.size() - 1));
@@ -253,22 +293,36 @@ void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Outp
   Stack(Dims{}, *table, threads).experts(all, Expert{}, T, K, chosen, w, h, out);
 }
 
+// Matrices one below the other, together of that many rows.
+std::vector<Weights> read_below(const char* name, const nb::dict& l, size_t rows, size_t depth) {
+  const auto all = entry<std::vector<Weights>>(l, name);
+  for (const Weights& w : all) {
+    require_matrix(name, w, ANY, depth);
+    if ((w->format == Format::f32) != (all[0]->format == Format::f32))
+      refuse(std::string(name) + ": f32 and other formats cannot be mixed");
+    rows -= w->rows;
+  }
+  if (all.empty() || rows) refuse(std::string(name) + ": its matrices do not have the rows expected");
+  return all;
+}
+
 void add_layer(Stack& s, const nb::dict& l) {
   const Dims& d = s.dims();
-  const auto vec = [&](const char* key, size_t n) { return vector_of(key, nb::cast<Array>(l[key]), n); };
+  const auto vec = [&](const char* key, size_t n) { return vector_of(key, entry<Array>(l, key), n); };
+  if (s.ends.embedding) refuse("layer: expected before the ends are set");
   const bool full = l.contains("index_weights");
   Layer out;
   out.input_norm = vec("input_norm", d.hidden), out.post_norm = vec("post_norm", d.hidden);
   out.q_norm = vec("q_norm", d.query_rank), out.kv_norm = vec("kv_norm", d.latent);
   const auto matrix = [&](const char* key, size_t rows, size_t depth) {
-    const auto w = nb::cast<Weights>(l[key]);
+    const auto w = entry<Weights>(l, key);
     require_matrix(key, w, rows, depth);
     return w;
   };
-  out.a = matrix("a", d.query_rank + d.latent + d.rotary + (full ? d.index_dim : 0), d.hidden);
-  out.q = matrix("q", d.heads * (d.nope + d.rotary) + (full ? d.index_heads * d.index_dim : 0), d.query_rank);
+  out.a = read_below("a", l, d.query_rank + d.latent + d.rotary + (full ? d.index_dim : 0), d.hidden);
+  out.q = read_below("q", l, d.heads * (d.nope + d.rotary) + (full ? d.index_heads * d.index_dim : 0), d.query_rank);
   out.o = matrix("o", d.hidden, d.heads * d.value);
-  out.key = nb::cast<std::vector<Weights>>(l["key"]), out.value = nb::cast<std::vector<Weights>>(l["value"]);
+  out.key = entry<std::vector<Weights>>(l, "key"), out.value = entry<std::vector<Weights>>(l, "value");
   if (out.key.size() != d.heads || out.value.size() != d.heads) refuse("key, value: expected a matrix for each head");
   for (size_t h = 0; h < d.heads; ++h) {
     require_matrix("key", out.key[h], d.latent, d.nope);
@@ -284,7 +338,8 @@ void add_layer(Stack& s, const nb::dict& l) {
     out.router = matrix("router", d.experts, d.hidden);
     if (out.router->format != Format::f32) refuse("router: expected f32");
     out.router_bias = vec("router_bias", d.experts);
-    for (const nb::handle pair : nb::cast<nb::list>(l["experts"])) out.experts.push_back(read_expert(pair, d.hidden));
+    within("experts_per_token", d.experts_per_token, 1, d.experts);
+    for (const nb::handle pair : entry<nb::list>(l, "experts")) out.experts.push_back(read_expert(pair, d.hidden));
     if (out.experts.size() != d.experts) refuse("experts: expected " + std::to_string(d.experts));
     require_one_kind(out.experts);
     if (out.dense.gate_up &&
@@ -305,6 +360,7 @@ Batch read_batch(const Array& where, const Array& tables, size_t page_size, cons
   if (!page_size || page_size % PANEL)
     refuse("page_size: expected a multiple of 16, found " + std::to_string(page_size));
   const size_t S = tables.shape(0), width = tables.shape(1);
+  if (page_size > cache.num_rows) refuse("page_size: expected no more than the cache's rows");
   for (size_t i = 0; i < tokens; ++i) {
     const int64_t position = w[i], row = w[tokens + i], seq = w[2 * tokens + i];
     if (position < 0 || seq < 0 || static_cast<size_t>(seq) >= S || row < 0 ||
@@ -341,9 +397,9 @@ void set_ends(Stack& s, Array embedding, Array norm, const nb::dict& draft) {
   e.vocabulary = embedding.shape(0);
   e.norm = vector_of("norm", norm, D);
   if (draft.size()) {
-    const auto vec = [&](const char* key) { return vector_of(key, nb::cast<Array>(draft[key]), D); };
+    const auto vec = [&](const char* key) { return vector_of(key, entry<Array>(draft, key), D); };
     e.embedding_norm = vec("enorm"), e.hidden_norm = vec("hnorm"), e.draft_norm = vec("shared_head.norm");
-    e.combine = nb::cast<Weights>(draft["eh_proj"]);
+    e.combine = entry<Weights>(draft, "eh_proj");
     require_matrix("eh_proj", e.combine, D, 2 * D);
   }
   if (s.layers.empty() || !s.layers[0].index_weights || (e.combine && !s.layers.back().index_weights)) {
@@ -356,7 +412,7 @@ void forward(Stack& s, Array tokens, Array where, Array tables, size_t page_size
   const int64_t* ids = read_tokens(s, tokens);
   const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), true);
   float* out = floats_out("h", h, {b.tokens, s.dims().hidden});
-  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
+  if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
   const nb::gil_scoped_release unlocked;
   s.forward(ids, b, cache, out);
 }
@@ -368,8 +424,9 @@ void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t pa
   const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), write);
   const float* in = floats("h", h, {b.tokens, s.dims().hidden});
   float* out = floats_out("z", z, {b.tokens, s.dims().hidden});
-  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
-  if (!write && selection.tokens != b.tokens) refuse("selection: expected one for each token");
+  if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
+  if (!write && (selection.tokens != b.tokens || selection.num_rows > cache.num_rows))
+    refuse("selection: expected one for each token, of this cache");
   const nb::gil_scoped_release unlocked;
   s.draft(in, ids, b, cache, selection, write, out);
 }
@@ -384,8 +441,9 @@ void propose(Stack& s, const Weights& head, Array positions, Cache& cache, Selec
   require_matrix("head", head, s.ends.vocabulary, D);
   float* state = floats_out("z", z, {S, D});
   require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {S, ANY});
-  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
-  if (selection.tokens != S) refuse("selection: expected one for each sequence");
+  if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
+  if (selection.tokens != S || selection.num_rows > cache.num_rows)
+    refuse("selection: expected one for each sequence, of this cache");
   const nb::gil_scoped_release unlocked;
   s.propose(*head, at, S, out.shape(1), cache, selection, state, static_cast<int64_t*>(out.data()));
 }
@@ -396,6 +454,7 @@ std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
   auto out = std::make_shared<Selection>();
   out->width = from.width;
   out->tokens = n;
+  out->num_rows = from.num_rows;
   int32_t *ids = out->ids.reserve(n * from.width), *counts = out->counts.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     if (t[i] < 0 || static_cast<size_t>(t[i]) >= from.tokens) refuse("tokens: outside the selection");
@@ -425,9 +484,10 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("format", [](const Matrix& w) { return name_of(w.format); })
       .def_prop_ro("num_bytes", &Matrix::bytes);
   m.def("pack", &pack_matrix, nb::arg("format"), nb::arg("w"), nb::arg("scales") = nb::none(), nb::arg("group") = 0,
-        nb::arg("scale_rows") = 1, nb::arg("threads") = 1,
+        nb::arg("scale_rows") = 1, nb::arg("zeros") = nb::none(), nb::arg("threads") = 1,
         "Pack w [N, D]: f32, bf16, int8 (also for int4, -8 to 7) or E4M3 bits as uint8; scales f32 "
-        "[ceil(N / scale_rows), ceil(D / group)] for the last three.");
+        "[ceil(N / scale_rows), ceil(D / group)] for the last three. zeros int8 of that shape, -8 to 8, for int4: "
+        "the value is scale * (w - zero).");
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), nb::arg("y").noconvert(), nb::arg("threads"),
         "y = x w^T. x f32 [T, D], y f32 [T, N]. x is rounded to bfloat16 unless w is f32; sums are fp32.");
 
@@ -443,7 +503,8 @@ NB_MODULE(_kernels, m) {
           "__init__",
           [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows,
              const std::string& format) {
-            if (rows % PANEL) refuse("rows: expected a multiple of 16, found " + std::to_string(rows));
+            if (within("rows", rows, 0, LARGE) % PANEL)
+              refuse("rows: expected a multiple of 16, found " + std::to_string(rows));
             const Dims d = read_dims(dims);
             const Format f = format_named(format, {Format::f32, Format::bf16, Format::fp8});
             new (self) Cache(d, has_index, rows, f);
@@ -474,10 +535,15 @@ NB_MODULE(_kernels, m) {
   nb::class_<Stack>(m, "Stack", "Decoder layers over packed tokens, as one call.")
       .def(
           "__init__",
-          [](Stack* self, const nb::dict& dims, size_t threads) { new (self) Stack(read_dims(dims), *table, threads); },
+          [](Stack* self, const nb::dict& dims, size_t threads) {
+            new (self) Stack(read_dims(dims), *table, some_threads(threads));
+          },
           nb::arg("dims"), nb::arg("threads"))
-      .def_rw("threads", &Stack::threads)
-      .def_rw("top_k", &Stack::top_k)
+      .def_prop_rw(
+          "threads", [](const Stack& s) { return s.threads; }, [](Stack& s, size_t n) { s.threads = some_threads(n); })
+      .def_prop_rw(
+          "top_k", [](const Stack& s) { return s.top_k; },
+          [](Stack& s, size_t n) { s.top_k = within("top_k", n, 1, LARGE); })
       .def_ro("select_s", &Stack::select_s, "Seconds spent in the indexers' search so far.")
       .def("add_layer", &add_layer)
       .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("norm"), nb::arg("draft"), nb::keep_alive<1, 2>())

@@ -3,6 +3,7 @@
 // Integers up to 8 bits and E4M3 are exact in bfloat16; their scale is applied to the sum of a group.
 #pragma once
 
+#include <array>
 #include <bit>
 
 #include "matrix.h"
@@ -89,6 +90,26 @@ struct Bytes {
 using INT8 = Bytes<int8_magnitude, Format::int8>;
 using FP8 = Bytes<e4m3_magnitude, Format::fp8>;
 
+// With -128 among the values: the code of a second zero.
+struct INT8Lowest : INT8 {
+#if defined(__AVX512BW__)
+  static Step load(const uint8_t* p) {
+    const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+    const __m512i lowest = _mm512_set1_epi16(static_cast<int16_t>(std::bit_cast<uint32_t>(-128.0f) >> 16));
+    Step step = INT8::load(p);
+    for (Pairs& x : step.pairs) x.v = _mm512_mask_blend_epi16(_mm512_cmpeq_epi16_mask(x.v, zero), x.v, lowest);
+    return step;
+  }
+#else
+  static Step load(const uint8_t* p) {
+    return decode([&](size_t i) {
+      const uint8_t code = p[byte_place(i)];
+      return code == 128 ? -128.0f : code & 128 ? -int8_magnitude(code & 127) : int8_magnitude(code);
+    });
+  }
+#endif
+};
+
 // 32 bytes: byte i holds value i in its low and value i + 32 in its high half, both plus 8.
 struct INT4 {
   using Activation = bf16;
@@ -112,6 +133,48 @@ struct INT4 {
   }
 #endif
 };
+
+// The same values less a zero point for each row and group, -16 to 15.
+struct INT4Zeros : INT4 {
+#if defined(__AVX512F__)
+  using Zeros = __m512i;  // of each row twice, as 16 bits
+  static Zeros zeros(const float* after_scales) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(after_scales)));
+    return _mm512_or_si512(x, _mm512_slli_epi32(x, 16));
+  }
+  static constexpr auto values = [] {
+    std::array<uint16_t, 32> bits = {};
+    for (int i = 0; i < 32; ++i) {
+      bits[static_cast<size_t>(i)] = static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(i - 16)) >> 16);
+    }
+    return bits;
+  }();
+  static Step load(const uint8_t* p, const Zeros& zeros) {
+    const __m512i table = _mm512_loadu_si512(values.data());
+    const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i low = _mm512_add_epi16(_mm512_and_si512(both, _mm512_set1_epi16(15)), zeros);
+    const __m512i high = _mm512_add_epi16(_mm512_srli_epi16(both, 4), zeros);
+    return {{ {_mm512_permutexvar_epi16(low, table)}, { _mm512_permutexvar_epi16(high, table) } }};
+  }
+#else
+  using Zeros = const uint8_t*;
+  static Zeros zeros(const float* after_scales) { return reinterpret_cast<const uint8_t*>(after_scales); }
+  static Step load(const uint8_t* p, const Zeros& zeros) {
+    return decode(
+        [&](size_t i) { return static_cast<float>((p[i % 32] >> (i < 32 ? 0 : 4) & 15) + zeros[i % 32 / 2] - 16); });
+  }
+#endif
+};
+
+// A step of a group that has these scales.
+template <class F>
+inline Step load_step(const uint8_t* p, const float* scales) {
+  if constexpr (requires { F::zeros(scales); }) {
+    return F::load(p, F::zeros(scales + PANEL));
+  } else {
+    return F::load(p);
+  }
+}
 
 struct F32 {
   using Activation = float;

@@ -63,7 +63,11 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
       if (tokens > TILE) {  // several tiles: decode once
         wide = true;
         auto* to = reinterpret_cast<Step*>(decoded.reserve(whole * sizeof(Step)));
-        for (size_t s = 0; s < whole; ++s) to[s] = F::load(data + s * F::bytes);
+        for (size_t s = 0; s < whole; ++s) {
+          const size_t group = s / count / (w.group / STEP);
+          const float* scales = w.scales.data() + w.scale_at(first + s % count) + group * w.scale_stride(first);
+          to[s] = load_step<F>(data + s * F::bytes, scales);
+        }
         data = decoded.data();
         stride = count * sizeof(Step);
       }
@@ -94,8 +98,10 @@ void walk_any(const Matrix& w, const void* x, size_t tokens, size_t begin, size_
     case Format::bf16:
       return walk<BF16>(w, x, tokens, begin, end, each);
     case Format::int8:
+      if (w.lowest) return walk<INT8Lowest>(w, x, tokens, begin, end, each);
       return walk<INT8>(w, x, tokens, begin, end, each);
     case Format::int4:
+      if (w.zeros) return walk<INT4Zeros>(w, x, tokens, begin, end, each);
       return walk<INT4>(w, x, tokens, begin, end, each);
     case Format::fp8:
       return walk<FP8>(w, x, tokens, begin, end, each);

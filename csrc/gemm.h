@@ -35,7 +35,7 @@ inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const floa
         }
       } else {
         Step w[P];
-        for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + step * stride);
+        for (int p = 0; p < P; ++p) w[p] = load_step<F>(panel[p] + step * stride, scale[p] + g * scale_stride);
         for (int half = 0; half < 2; ++half) {
           for (int t = 0; t < T; ++t) {
             const Pairs b = Pairs::all(x + (half * T + t) * 2);

@@ -6,7 +6,8 @@
 //
 //   block:  step 0 of panels 0 1 2 3 | step 1 of panels 0 1 2 3 | ...     (the last block may hold fewer panels)
 //   step:   16 rows x 4 values, in pairs (see formats.h)
-//   scales: the same with a group of `group` values in the place of a step; value = scale * what the step decodes to
+//   scales: the same with a group of `group` values in the place of a step; value = scale * what the step decodes to.
+//           Where int4 has zero points, the 16 scales of a group are followed by its 16 zeros as bytes.
 #pragma once
 
 #include <algorithm>
@@ -60,12 +61,16 @@ inline size_t step_bytes(Format f) {
   const size_t values = PANEL * STEP;
   return f == Format::f32 ? 4 * values : f == Format::bf16 ? 2 * values : f == Format::int4 ? values / 2 : values;
 }
+// A zero z of int4, -8 to 8, is kept as ZERO_POINT - z.
+constexpr int ZERO_POINT = 8;
 inline bool is_scaled(Format f) { return f != Format::f32 && f != Format::bf16; }
 
 struct Matrix {
   Format format = Format::f32;
   size_t rows = 0, depth = 0;
-  size_t group = 0;  // values that share a scale; 0 without scales
+  size_t group = 0;     // values that share a scale; 0 without scales
+  bool zeros = false;   // int4 with a zero point beside each scale
+  bool lowest = false;  // int8 with -128 among its values
   Buffer<uint8_t> data;
   Buffer<float> scales;
 
@@ -75,12 +80,14 @@ struct Matrix {
   size_t panel_bytes() const { return steps() * step_bytes(format); }
   // Panels of the block that panel p belongs to.
   size_t block_panels(size_t p) const { return std::min(BLOCK, panels() - p / BLOCK * BLOCK); }
+  // What a panel holds for each group, in floats.
+  size_t group_floats() const { return zeros ? PANEL + PANEL / 4 : PANEL; }
   // First step of panel p, and from one step to the next; the same for scales, in floats.
   size_t panel_at(size_t p) const { return p / BLOCK * BLOCK * panel_bytes() + p % BLOCK * step_bytes(format); }
   size_t panel_stride(size_t p) const { return block_panels(p) * step_bytes(format); }
-  size_t scale_at(size_t p) const { return (p / BLOCK * BLOCK * groups() + p % BLOCK) * PANEL; }
-  size_t scale_stride(size_t p) const { return block_panels(p) * PANEL; }
-  size_t bytes() const { return panels() * (panel_bytes() + groups() * PANEL * sizeof(float)); }
+  size_t scale_at(size_t p) const { return (p / BLOCK * BLOCK * groups() + p % BLOCK) * group_floats(); }
+  size_t scale_stride(size_t p) const { return block_panels(p) * group_floats(); }
+  size_t bytes() const { return panels() * (panel_bytes() + groups() * group_floats() * sizeof(float)); }
 };
 
 // Tokens of one product, rounded to what the matrix is multiplied with (float for f32, else bfloat16) and laid out in

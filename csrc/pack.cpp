@@ -31,7 +31,7 @@ void pack_panel(const Source& s, Matrix& m, size_t p) {
         byte = static_cast<uint8_t>((byte & ~(15 << shift)) | ((static_cast<int>(row[k]) + 8) & 15) << shift);
       } else if (m.format == Format::int8) {
         const int value = static_cast<int>(row[k]);
-        step[byte_place(at)] = static_cast<uint8_t>(value < 0 ? 128 - value : value);
+        step[byte_place(at)] = static_cast<uint8_t>(value == -128 ? 128 : value < 0 ? 128 - value : value);
       } else if (m.format == Format::fp8) {
         step[byte_place(at)] = static_cast<uint8_t>(row[k]);
       } else {
@@ -46,8 +46,11 @@ void pack_scales(const Source& s, Matrix& m, size_t p) {
   const size_t stride = m.scale_stride(p);
   for (size_t g = 0; g < m.groups(); ++g) {
     for (size_t r = 0; r < PANEL; ++r) {
-      const size_t row = p * PANEL + r;
-      out[g * stride + r] = row < m.rows ? s.scales[row / s.scale_rows * m.groups() + g] : 0.0f;
+      const size_t row = p * PANEL + r, from = row / s.scale_rows * m.groups() + g;
+      out[g * stride + r] = row < m.rows ? s.scales[from] : 0.0f;
+      if (!s.zeros) continue;
+      auto* zeros = reinterpret_cast<uint8_t*>(out + g * stride + PANEL);
+      zeros[r] = static_cast<uint8_t>(row < m.rows ? ZERO_POINT - s.zeros[from] : 0);
     }
   }
 }
@@ -60,8 +63,10 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   m->rows = s.rows;
   m->depth = s.depth;
   m->group = is_scaled(s.format) ? s.group : 0;
+  m->zeros = s.zeros != nullptr;
+  m->lowest = s.format == Format::int8 && std::memchr(s.data, 0x80, s.rows * s.depth);
   m->data.reserve(m->panels() * m->panel_bytes());
-  m->scales.reserve(m->panels() * m->groups() * PANEL);
+  m->scales.reserve(m->panels() * m->groups() * m->group_floats());
   pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
     for (size_t p = begin; p < end; ++p) {
       switch (s.format) {

@@ -14,6 +14,12 @@ constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
 
 size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
 
+size_t total_rows(const std::vector<Weights>& all) {
+  size_t rows = 0;
+  for (const Weights& w : all) rows += w->rows;
+  return rows;
+}
+
 }  // namespace
 
 Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, Format format)
@@ -23,6 +29,13 @@ Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, For
     rows_[i].reserve(rows * layout.bytes());
     if (has_index[i]) keys_[i].reserve(panels * key_panel_bytes(format, d.index_dim));
   }
+}
+
+bool Cache::fits(const Dims& d, const std::vector<Layer>& layers) const {
+  const size_t keys = round_up(num_rows, KEY_BLOCK) / PANEL * key_panel_bytes(layout.format, d.index_dim);
+  bool fit = layers.size() == rows_.size() && layout.latent == d.latent && layout.rotary == d.rotary;
+  for (size_t i = 0; fit && i < layers.size(); ++i) fit = !layers[i].index_weights || keys_[i].size() >= keys;
+  return fit;
 }
 
 size_t Cache::num_bytes() const {
@@ -48,7 +61,7 @@ const void* Stack::tiled(const Matrix& w, const float* x, size_t stride, size_t 
 }
 
 // Several products with the same tokens as one range of work.
-void Stack::products(std::initializer_list<Product> list, size_t tokens) {
+void Stack::products(const std::vector<Product>& list, size_t tokens) {
   size_t units = 0;
   for (const Product& p : list) units += blocks(p.w->panels(), BLOCK);
   pool::each(units, 1, threads, [&](size_t begin, size_t end) {
@@ -63,6 +76,17 @@ void Stack::products(std::initializer_list<Product> list, size_t tokens) {
       first += count;
     }
   });
+}
+
+// Products of matrices that stand one below the other.
+std::vector<Stack::Product> Stack::below(const std::vector<Weights>& all, const void* x, float* y) {
+  const size_t stride = total_rows(all);
+  std::vector<Product> list;
+  for (const Weights& w : all) {
+    list.push_back({w.get(), x, y, stride});
+    y += w->rows;
+  }
+  return list;
 }
 
 void Stack::linear(const Matrix& w, const float* x, size_t stride, size_t tokens, float* y, size_t y_stride) {
@@ -152,20 +176,18 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
   const size_t T = b.tokens, D = dims_.hidden, H = dims_.heads;
   float* h = h_.reserve(T * D);
   norm(l.input_norm, x, T, h);
-  const void* tile = tiled(*l.a, h, D, T, tile_h_);
-  const size_t a_width = l.a->rows, q_width = l.q->rows;
-  float* a = a_.reserve(T * a_width);
+  const size_t a_width = total_rows(l.a), q_width = total_rows(l.q);
+  const void* tile = tiled(*l.a[0], h, D, T, tile_h_);
+  std::vector<Product> from_hidden = below(l.a, tile, a_.reserve(T * a_width));
   const bool selects = l.index_weights && write;
   if (selects) {
-    const void* wide = l.a->format == Format::f32 ? tile : tiled(*l.index_weights, h, D, T, tile_h32_);
-    float* w = index_w_.reserve(T * dims_.index_heads);
-    products({{l.a.get(), tile, a, a_width}, {l.index_weights.get(), wide, w, dims_.index_heads}}, T);
-  } else {
-    products({{l.a.get(), tile, a, a_width}}, T);
+    const void* wide = l.a[0]->format == Format::f32 ? tile : tiled(*l.index_weights, h, D, T, tile_h32_);
+    from_hidden.push_back({l.index_weights.get(), wide, index_w_.reserve(T * dims_.index_heads), dims_.index_heads});
   }
+  products(from_hidden, T);
   latents(l, index, b, cache, write, a_width);
-  products({{l.q.get(), tiled(*l.q, q_latent_.data(), dims_.query_rank, T, tile_q_), q_.reserve(T * q_width), q_width}},
-           T);
+  const void* query = tiled(*l.q[0], q_latent_.data(), dims_.query_rank, T, tile_q_);
+  products(below(l.q, query, q_.reserve(T * q_width)), T);
   queries(l, T, q_width);
   if (selects) {
     const auto began = std::chrono::steady_clock::now();
@@ -226,6 +248,7 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
   const size_t T = b.tokens, G = top_k;
   const int64_t longest = *std::max_element(b.positions, b.positions + T) + 1;
   s.tokens = T;
+  s.num_rows = cache.num_rows;
   s.width = std::min(G, static_cast<size_t>(longest));
   int32_t *ids = s.ids.reserve(T * s.width), *counts = s.counts.reserve(T);
   // Few tokens share each scan among the threads.

@@ -28,8 +28,8 @@ struct Expert {
 
 struct Layer {
   Vector input_norm, post_norm, q_norm, kv_norm;
-  Weights a;                        // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
-  Weights q;                        // rows of q_b_proj and, with an indexer, wq_b
+  std::vector<Weights> a;           // rows of q_a_proj, kv_a_proj_with_mqa and, with an indexer, wk
+  std::vector<Weights> q;           // rows of q_b_proj and, with an indexer, wq_b
   std::vector<Weights> key, value;  // of each head: kv_b_proj's key rows transposed [C, A], value rows [V, C]
   Weights o;
   Weights index_weights;  // weights_proj; null where the indices of a layer below are shared
@@ -46,6 +46,8 @@ class Cache {
  public:
   Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, Format format);
   Cache(const Cache&) = delete;
+  // Whether it has room for rows and keys of these layers.
+  bool fits(const Dims& d, const std::vector<Layer>& layers) const;
   void* rows(size_t layer) { return rows_[layer].data(); }
   void* keys(size_t layer) { return keys_[layer].data(); }
   size_t layers() const { return rows_.size(); }
@@ -67,10 +69,10 @@ struct Batch {
   size_t table_width, page_size;
 };
 
-// Rows each token attends to: ids [tokens, width], count of each.
+// Rows each token attends to: ids [tokens, width] in a cache of num_rows, count of each.
 struct Selection {
   Buffer<int32_t> ids, counts;
-  size_t tokens = 0, width = 0;
+  size_t tokens = 0, width = 0, num_rows = 0;
 };
 
 // What stands before and after the layers. embedding [vocabulary, D], float or bfloat16, is not owned. The last four
@@ -119,7 +121,8 @@ class Stack {
     float* y;
     size_t stride;
   };
-  void products(std::initializer_list<Product> list, size_t tokens);
+  void products(const std::vector<Product>& list, size_t tokens);
+  static std::vector<Product> below(const std::vector<Weights>& all, const void* x, float* y);
   const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to);
   void embed(const int64_t* tokens, size_t count, float* x);
   void angles(const Batch& b);

@@ -20,17 +20,18 @@ from torch import Tensor
 from glm52.config import GLMConfig
 from glm52.errors import CheckpointError
 from glm52.headers import INDEX, SINGLE, read_headers
-from glm52.quant import dequantize_fp8, scale_shape
+from glm52.layouts import read_matrix
+from glm52.quant import QTensor
+from glm52.schemes import FLOATS, Quantization, Scheme, Tensors
 
 logger = logging.getLogger(__name__)
 
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
-_SCALE = "_scale_inv"
 _BIAS = "e_score_correction_bias"
 
 
 def expected_tensors(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of the official layout with its shape, the MTP layer's included; without FP8 scales."""
+    """Every weight of the official layout with its shape, the MTP layer's included, as if none were quantised."""
     D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, D),
@@ -86,12 +87,64 @@ def _experts(config: GLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Checkpoint:
-    """A folder of official weights: headers now, tensors when asked for."""
+    """A folder of official weights: headers now, tensors when asked for.
 
-    def __init__(self, folder: Path) -> None:
+    config: the configuration that loads, without MTP if the file has none. quantized: how each quantised matrix is
+    stored, by the name of its weight.
+    """
+
+    def __init__(self, folder: Path, config: GLMConfig) -> None:
+        """Hold the tensors against the configuration, or CheckpointError lists what is missing or does not belong.
+
+        What may be there and is not used: copies of embedding and head in the MTP layer, indexers of layers that share
+        (both published by converters), rotary tables, and an MTP layer the configuration does not announce.
+        """
         self.folder = folder
         self.tensors = read_headers(folder)
         self._open: dict[Path, safe_open] = {}
+        mtp = f"model.layers.{config.num_hidden_layers}."
+        if config.num_nextn_predict_layers and not any(n.startswith(mtp) for n in self.tensors):
+            logger.warning("%s announces an MTP layer and holds none: no drafts will be made", folder)
+            config = replace(config, num_nextn_predict_layers=0)
+        self.config = config
+        self._shapes = expected_tensors(config)
+        self.quantized: dict[str, Scheme] = {}
+        quantization = Quantization.parse(config.quantization_config)
+        for name, shape in self._shapes.items():
+            scheme = quantization.find(name.removesuffix(".weight"), self.tensors) if len(shape) == 2 else None
+            if scheme:
+                self.quantized[name] = scheme
+        self._verify()
+
+    def _verify(self) -> None:
+        """Every tensor is expected, with its shape and dtype, or may be ignored."""
+        expected: Tensors = {}
+        may_be: set[str] = set()
+        for name, shape in self._shapes.items():
+            if scheme := self.quantized.get(name):
+                module = name.removesuffix("weight")
+                expected |= {module + part: found for part, found in scheme.tensors(shape).items()}
+                may_be.add(f"{module}{scheme.order}")
+            else:
+                expected[name] = (shape, FLOATS)
+        missing = [n for n in expected if n not in self.tensors]
+        if missing:
+            raise CheckpointError(f"{self.folder}: {len(missing)} tensors are missing, first {missing[:10]}; get the "
+                                  "folder again or check that config.json belongs to it")  # fmt: skip
+        unexpected = [
+            n for n in self.tensors if n not in expected and n not in may_be and not _is_ignorable(n, self.config)
+        ]
+        if unexpected:
+            raise CheckpointError(f"{self.folder}: {len(unexpected)} tensors are not of this model, first "
+                                  f"{unexpected[:10]}; check that config.json belongs to it")  # fmt: skip
+        for name, (shape, dtypes) in expected.items():
+            info = self.tensors[name]
+            if info.shape != shape:
+                raise CheckpointError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)} from "
+                                      "config.json; check that it belongs to the file")  # fmt: skip
+            if info.dtype not in dtypes:
+                raise CheckpointError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}; "
+                                      "check that config.json's quantization_config belongs to the file")  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """A tensor as stored."""
@@ -104,41 +157,18 @@ class Checkpoint:
             raise CheckpointError(f"{info.shard}: {name} cannot be read ({error}); download the shard again") from error
         return tensor
 
+    def weight(self, name: str) -> Tensor | QTensor:
+        """A weight of the official layout by its name, quantised where it is stored so."""
+        scheme = self.quantized.get(name)
+        if scheme is None:
+            return self.read(name)
+        return read_matrix(scheme, name.removesuffix(".weight"), self._shapes[name],
+                           lambda n: self.read(n) if n in self.tensors else None)  # fmt: skip
+
     def read_as(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight in ``dtype``, dequantized where the file holds scales for it."""
-        tensor = self.read(name)
-        if tensor.dtype == torch.float8_e4m3fn:
-            return dequantize_fp8(tensor, self.read(name + _SCALE)).to(dtype)
-        return tensor.to(dtype)
-
-    def verify(self, config: GLMConfig) -> GLMConfig:
-        """Hold the tensors against the configuration; the configuration that loads, without MTP if the file has none.
-
-        What may be there and is not used: copies of embedding and head in the MTP layer, indexers of layers that share
-        (both published by converters), rotary tables, and an MTP layer the configuration does not announce.
-        """
-        mtp = f"model.layers.{config.num_hidden_layers}."
-        if config.num_nextn_predict_layers and not any(n.startswith(mtp) for n in self.tensors):
-            logger.warning("%s announces an MTP layer and holds none: no drafts will be made", self.folder)
-            config = replace(config, num_nextn_predict_layers=0)
-        expected = expected_tensors(config)
-        expected |= {
-            name + _SCALE: scale_shape(shape) for name, shape in list(expected.items())
-            if name in self.tensors and self.tensors[name].dtype == "F8_E4M3" and len(shape) == 2
-        }  # fmt: skip
-        missing = [n for n in expected if n not in self.tensors]
-        if missing:
-            raise CheckpointError(f"{self.folder}: {len(missing)} tensors are missing, first {missing[:10]}; get the "
-                                  "folder again or check that config.json belongs to it")  # fmt: skip
-        unexpected = [n for n in self.tensors if n not in expected and not _is_ignorable(n, config)]
-        if unexpected:
-            raise CheckpointError(f"{self.folder}: {len(unexpected)} tensors are not of this model, first "
-                                  f"{unexpected[:10]}; check that config.json belongs to it")  # fmt: skip
-        for name, shape in expected.items():
-            if self.tensors[name].shape != shape:
-                raise CheckpointError(f"{self.tensors[name].shard}: {name} has shape {list(self.tensors[name].shape)}, "
-                                      f"expected {list(shape)} from config.json")  # fmt: skip
-        return config
+        """A weight in ``dtype``, dequantized where it is stored quantised."""
+        w = self.weight(name)
+        return (w.dequantize() if isinstance(w, QTensor) else w).to(dtype)
 
 
 def _is_ignorable(name: str, config: GLMConfig) -> bool:
@@ -152,8 +182,9 @@ def _is_ignorable(name: str, config: GLMConfig) -> bool:
     return rest.endswith("rotary_emb.inv_freq") or (is_shared and rest.startswith("self_attn.indexer."))
 
 
-def read_parameters(checkpoint: Checkpoint, config: GLMConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters by their names in memory, experts stacked; the router's bias stays fp32."""
+    config = checkpoint.config
     for name in expected_tensors(config):
         if ".mlp.experts." not in name:
             yield name, checkpoint.read_as(name, torch.float32 if name.endswith(_BIAS) else dtype)

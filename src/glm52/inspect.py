@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from glm52.config import GLMConfig
-from glm52.errors import ConfigError
-from glm52.headers import INDEX, SINGLE, read_headers
+from glm52.errors import CheckpointError, ConfigError
+from glm52.headers import INDEX, SINGLE, TensorInfo, read_headers
 from glm52.hub import resolve
+from glm52.schemes import Quantization
 
 _GIB = 1 << 30
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--context: expected at least 1 token, found {context}")
     report = describe(config, context)
     if folder and ((folder / SINGLE).exists() or (folder / INDEX).exists()):
-        report["checkpoint"] = describe_checkpoint(folder)
+        report["checkpoint"] = describe_checkpoint(folder, config)
     print(json.dumps(report, indent=1) if args.json else render(args.model or "nano", report))
     return 0
 
@@ -128,8 +129,8 @@ def flops_per_token(config: GLMConfig, context: int) -> dict[str, float]:
     }
 
 
-def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """Counts and bytes by dtype, from the headers, all of them checked."""
+def describe_checkpoint(folder: Path, config: GLMConfig) -> dict[str, Any]:
+    """Counts and bytes by dtype and of what is quantised, from the headers, all of them checked."""
     tensors = read_headers(folder)
     by_dtype: Counter[str] = Counter()
     for info in tensors.values():
@@ -138,7 +139,25 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder), "tensors": len(tensors), "shards": len(shards), "bytes": sum(by_dtype.values()),
         "bytes_by_dtype": dict(by_dtype), "bytes_on_disk": sum(s.stat().st_size for s in shards),
+        "quantized": _quantized(tensors, config),
     }  # fmt: skip
+
+
+def _quantized(tensors: dict[str, TensorInfo], config: GLMConfig) -> dict[str, Any]:
+    """Matrices of each kind and their bytes with scales and zeros, or why they do not load."""
+    kinds: Counter[str] = Counter()
+    num_bytes = 0
+    try:
+        quantization = Quantization.parse(config.quantization_config)
+        schemes = {m: quantization.find(m, tensors) for m in {n.rpartition(".")[0] for n in tensors}}
+    except CheckpointError as error:
+        return {"does_not_load": str(error)}
+    for name, info in tensors.items():
+        module, _, part = name.rpartition(".")
+        if scheme := schemes[module]:
+            num_bytes += info.num_bytes
+            kinds[scheme.kind] += part == scheme.marker
+    return {"method": quantization.method, "kinds": dict(kinds), "bytes": num_bytes} if kinds else {}
 
 
 def render(name: str, report: dict[str, Any]) -> str:
@@ -178,6 +197,12 @@ def render(name: str, report: dict[str, Any]) -> str:
             "",
             f"{c['tensors']} tensors in {c['shards']} file(s), {c['bytes']:,} bytes ({kinds}), headers checked",
         ]
+        quantized = c["quantized"]
+        if "does_not_load" in quantized:
+            lines.append(f"does not load: {quantized['does_not_load']}")
+        elif quantized:
+            kinds = ", ".join(f"{n} matrices of {kind}" for kind, n in quantized["kinds"].items())
+            lines.append(f"quantised ({quantized['method']}): {kinds}, {quantized['bytes']:,} bytes with their scales")
     return "\n".join(lines)
 
 

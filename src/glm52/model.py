@@ -8,7 +8,9 @@ knows tokens, rows and operators. It refuses to know files, plans, requests, pag
                           └───┴── Selection: a full layer makes it, the shared layers above reuse it (IndexShare)
 """
 
-from typing import NamedTuple
+import re
+from operator import attrgetter
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -331,6 +333,16 @@ class GLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its name in the checkpoint, where experts are not stacked."""
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if expert is None:
+            return cast(Tensor, attrgetter(name)(self)).detach()
+        prefix, number, kind = expert.groups()
+        stacked = f"{prefix}.down_proj" if kind == "down" else f"{prefix}.gate_up_proj"
+        matrix = cast(Tensor, attrgetter(stacked)(self)).detach()[int(number)]
+        return matrix if kind == "down" else matrix.chunk(2)[kind == "up"]
 
     def new_cache(self, num_rows: int) -> LatentCache:
         return LatentCache(self.config, num_rows, cache_dtype(self.cache_format, self.dtype))

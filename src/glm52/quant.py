@@ -1,11 +1,11 @@
-"""Quantised formats of weight matrices, symmetric, with one fp32 scale for a group of values along a row.
+"""Quantised formats of weight matrices: groups of values along a row share an fp32 scale, and in int4 may share a zero.
 
-    format   values            a scale is shared by             rounding error of a value, in units of its scale
+    format   values            we share a scale among           rounding error of a value, in units of its scale
     int8     -127 to 127       128 values of a row              1/2
     int4     -8 to 7           64 values of a row               1/2, or 1 for the rare value clipped at 7
     fp8      E4M3              a block of 128 x 128             2^-4 of the value, or 2^-10
 
-The FP8 checkpoint stores the last one; the others are made on loading.
+Checkpoints bring groups of their own, and zero points; what we make on loading is symmetric.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,39 @@ _MAX = 448.0  # the largest finite E4M3
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantised matrix. data: int8 [N, K], or float8_e4m3fn; scale: fp32 [N, ceil(K / group)]."""
+    """A quantised matrix of values scale * (data - zero). data: int8 [N, K], or float8_e4m3fn; scale: fp32
+    [N, ceil(K / group)]; zero: int8 of that shape, -8 to 8, for int4 alone, or None."""
 
     data: Tensor
     scale: Tensor
     format: WeightFormat
     group: int
+    zero: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """fp32 [N, K]; exact."""
-        return self.data.float() * self.scale.repeat_interleave(self.group, 1)[:, : self.data.shape[1]]
+        """fp32 [N, K]; data and zero are exact, one rounding is the scale's."""
+        data = self.data.float()
+        if self.zero is not None:
+            data -= self._per_element(self.zero)
+        return data * self._per_element(self.scale)
+
+    def rows(self, begin: int, end: int) -> "QTensor":
+        """Some of its rows."""
+        zero = None if self.zero is None else self.zero[begin:end]
+        return QTensor(self.data[begin:end], self.scale[begin:end], self.format, self.group, zero)
+
+    def try_transpose(self) -> "QTensor | None":
+        """The same values the other way round, if enough neighbouring rows share their scales, as they do in blocks."""
+        for group in (BLOCK, 64, 32, 16, 8, 4):
+            first = self.scale[::group]
+            shared = torch.equal(first.repeat_interleave(group, 0)[: len(self.scale)], self.scale)
+            if shared and self.zero is None:
+                scale = first.t().repeat_interleave(self.group, 0)[: self.data.shape[1]]
+                return QTensor(self.data.t(), scale, self.format, group)
+        return None
+
+    def _per_element(self, grouped: Tensor) -> Tensor:
+        return grouped.repeat_interleave(self.group, 1)[:, : self.data.shape[1]]
 
 
 def quantize(w_NK: Tensor, fmt: WeightFormat) -> QTensor:
@@ -64,16 +87,6 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _per_element(scale: Tensor, rows: int, columns: int) -> Tensor:
     return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-
-
-def dequantize_fp8(data_NK: Tensor, scale: Tensor) -> Tensor:
-    """data float8_e4m3fn [N, K], scale fp32 [ceil(N / 128), ceil(K / 128)] -> fp32 [N, K]; exact.
-
-    The scale is multiplied, although the checkpoint calls it ``weight_scale_inv``.
-    """
-    if tuple(scale.shape) != scale_shape(tuple(data_NK.shape)):
-        raise ValueError(f"scale: expected shape {scale_shape(tuple(data_NK.shape))}, found {tuple(scale.shape)}")
-    return data_NK.float() * _per_element(scale.float(), *data_NK.shape)
 
 
 def quantize_fp8(w_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,10 @@ from glm52.load import load_for_inference
 from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
 
-# Below this size a model is computed in f32 unless told otherwise: it costs little and rounds less.
-_SMALL_BYTES = 1 << 30
-
 
 def add_format_argument(parser: ArgumentParser) -> None:
-    parser.add_argument("--format", choices=get_args(WeightFormat),
-                        help="format of the weights (default: f32 below 1 GiB, else bf16)")  # fmt: skip
+    parser.add_argument("--format", choices=get_args(WeightFormat), help="format of the weights (default: as stored "
+                        "if quantised, else f32 below 1 GiB, else bf16)")  # fmt: skip
     parser.add_argument("--kv-cache-dtype", choices=get_args(CacheFormat), default="auto",
                         help="format of cached rows and index keys (default: that of activations)")  # fmt: skip
 
@@ -50,13 +47,10 @@ class Session:
         num_drafts: int | None = None,
         cache: CacheFormat = "auto",
     ) -> "Session":
-        """Load a folder. fmt None: f32 for a small model, else bf16. context: cache rows for all sequences together
-        (default: the model's longest context, at most 32,768). num_drafts None: with an
-        MTP layer up to 3, as many as pay. cache: how rows and index keys are held."""
+        """Load a folder. fmt, cache: see ``load_for_inference``. context: cache rows for all sequences together
+        (default: the model's longest context, at most 32,768). num_drafts None: with an MTP layer up to 3, as many as
+        pay."""
         config = GLMConfig.read(folder)
-        if fmt is None:
-            size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-            fmt = "f32" if size < _SMALL_BYTES else "bf16"
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
         model = load_for_inference(folder, fmt, cache)
         if context is not None and context < 64:

@@ -54,8 +54,7 @@ def test_f32_is_the_reference(shape: str, seed: int) -> None:
 @pytest.mark.parametrize(("fmt", "cache"), [*((f, "auto") for f in FORMATS), ("bf16", "fp8"), ("f32", "fp8")])
 def test_bits_do_not_depend_on_chunk_or_threads(fmt: str, cache: Any) -> None:
     model = random_model(tiny_config(index_topk=40))
-    model.cache_format = cache
-    one, two = NativeGLM(model, fmt, threads=1), NativeGLM(model, fmt, threads=2)
+    one, two = NativeGLM(model, fmt, threads=1, cache=cache), NativeGLM(model, fmt, threads=2, cache=cache)
     whole = forward(one, tokens(), LENGTH)[0]
     for native, chunk in ((two, LENGTH), (one, 1), (two, 1), (two, 7), (one, 32)):
         assert torch.equal(forward(native, tokens(), chunk)[0], whole)
@@ -111,7 +110,7 @@ def test_an_fp8_cache_holds_what_the_reference_holds(shape: str) -> None:
     experts = SHAPES[shape].get("n_routed_experts", 4)
     model = random_model(tiny_config(**SHAPES[shape] | {"index_topk": 1000, "num_experts_per_tok": experts}))
     model.cache_format = "fp8"
-    native = NativeGLM(model, "f32", threads=2)
+    native = NativeGLM(model, "f32", threads=2, cache="fp8")
     spans = Spans.of_sequence(0, LENGTH, 16)
     with torch.inference_mode():
         ours, theirs = native.new_cache(160), model.new_cache(160)
@@ -130,7 +129,7 @@ def test_fp8_index_keys_choose_what_the_reference_chooses() -> None:
     with torch.inference_mode():
         spans = Spans.of_sequence(0, LENGTH, 16)
         expected = model.logits(model(tokens(), spans, model.new_cache(160)))
-    got = forward(NativeGLM(model, "f32", threads=2), tokens(), 64)[0]
+    got = forward(NativeGLM(model, "f32", threads=2, cache="fp8"), tokens(), 64)[0]
     close = (got - expected).abs().amax(1) < 0.05 * expected.std()
     assert close.float().mean() > 0.9
 

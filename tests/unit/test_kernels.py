@@ -17,8 +17,8 @@ from torch import Tensor
 
 import glm52
 from glm52 import ops
-from glm52.native import pack
-from glm52.quant import quantize
+from glm52.packing import pack, pack_held
+from glm52.quant import QTensor, quantize
 
 if ops.backend() == "reference":
     pytest.skip("built without native kernels", allow_module_level=True)
@@ -62,6 +62,97 @@ def test_linear_bits_do_not_depend_on_batch_or_threads(T: int, N: int, D: int, f
     alone = torch.cat([native(x[t : t + 1].contiguous(), w) for t in range(T)])
     assert torch.equal(native(x, w, 1), alone)
     assert torch.equal(native(x, w, 2), alone)
+
+
+def stored(fmt: str, N: int, D: int, group: int, seed: int) -> QTensor:
+    """Any values a checkpoint may hold in a format: scales of their own for each group, and for int4z zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-D // group)
+    scale = torch.rand(N, groups, generator=generator) + 0.1
+    if fmt == "fp8":
+        codes = torch.randint(0, 256, (N, D), dtype=torch.uint8, generator=generator)
+        return QTensor(torch.where(codes & 127 == 127, 0, codes).view(torch.float8_e4m3fn), scale, "fp8", group)
+    most = 128 if fmt == "int8" else 8
+    data = torch.randint(-most, most, (N, D), dtype=torch.int8, generator=generator)
+    zero = torch.randint(-8, 9, (N, groups), dtype=torch.int8, generator=generator) if fmt == "int4z" else None
+    return QTensor(data, scale, "int8" if fmt == "int8" else "int4", group, zero)
+
+
+def exact(w: QTensor) -> Tensor:
+    """scale * (data - zero) in fp64, group by group."""
+    zero = torch.zeros_like(w.scale) if w.zero is None else w.zero
+    return torch.cat(
+        [(part - zero[:, i : i + 1].double()) * w.scale[:, i : i + 1].double()
+         for i, part in enumerate(w.data.double().split(w.group, 1))], 1,
+    )  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(T=st.integers(1, 30), N=st.integers(1, 70), D=st.integers(1, 300), group=st.sampled_from((4, 32, 64, 128, 300)),
+       fmt=st.sampled_from(("int8", "int4", "int4z", "fp8")), seed=st.integers(0, 99))  # fmt: skip
+def test_stored_values_scales_and_zeros_are_what_is_multiplied(T, N, D, group, fmt, seed) -> None:
+    """The bound of ``test_linear``: scale and sums are rounded, the values themselves are exact. Rows do not depend on the batch."""
+    w, x = stored(fmt, N, D, group, seed), random(T, D, seed=seed).bfloat16().float()
+    values = exact(w)
+    packed = pack(kernels, [w], None)
+    y = native(x, packed, 2)
+    bound = (D + 2) * 2**-23 * (x.double().abs() @ values.abs().t()) + 1e-30
+    assert ((y.double() - x.double() @ values.t()).abs() <= bound).all()
+    assert torch.equal(y, torch.cat([native(x[t : t + 1].contiguous(), packed) for t in range(T)]))
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int4z", "fp8"])
+def test_packed_values_decode_to_exactly_what_is_stored(fmt: str) -> None:
+    """A product with each unit vector gives the column back, to the bit; scales are powers of two."""
+    w = stored(fmt, 70, 133, 64, 0)
+    w = QTensor(w.data, torch.exp2((w.scale * 9).round()), w.format, w.group, w.zero)
+    assert torch.equal(native(torch.eye(133), pack(kernels, [w], w.format)).t(), w.dequantize())
+
+
+@settings(max_examples=40, deadline=None)
+@given(T=st.integers(1, 40), D=st.integers(1, 40), F=st.integers(1, 40), fmt=st.sampled_from(("int8", "int4", "int4z", "fp8")),
+       group=st.sampled_from((4, 32, 128)), seed=st.integers(0, 99))  # fmt: skip
+def test_experts_of_stored_values(T: int, D: int, F: int, fmt: str, group: int, seed: int) -> None:
+    """Against fp64. h leaves the first product with its sums' rounding, then becomes bf16: 2^-9, taken twice for the second
+    product. Bits are those of one token alone."""
+    E, K = 4, 2
+    parts = [stored(fmt, *shape, group, seed + i) for i in range(E) for shape in ((F, D), (F, D), (D, F))]
+    experts = [
+        (pack_held(kernels, parts[i : i + 2], alternate=True), pack(kernels, [parts[i + 2]], None))
+        for i in range(0, 3 * E, 3)
+    ]
+    x = (random(T, D, seed=seed) / 16 / D).bfloat16().float()
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).int()
+    weights, expected, bound = torch.rand(T, K), torch.zeros(T, D).double(), torch.zeros(T, D).double()
+    for t in range(T):
+        for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
+            gate, up, down = map(exact, parts[3 * e : 3 * e + 3])
+            h = torch.nn.functional.silu(gate @ x[t].double()) * (up @ x[t].double())
+            sums = (up.abs() @ x[t].abs().double()) * (1 + gate.abs() @ x[t].abs().double())
+            expected[t] += weight * (down @ h)
+            bound[t] += weight * (down.abs() @ (2**-8 * h.abs() + (D + 4) * 2**-23 * sums))
+    y = torch.zeros(T, D)
+    kernels.expert_ffn(x, ids, weights, experts, y, 2)
+    assert ((y - expected).abs() <= bound + 1e-30).all()
+    for t in range(T):
+        alone = torch.zeros(1, D)
+        kernels.expert_ffn(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], experts, alone, 1)
+        assert torch.equal(alone[0], y[t])
+
+
+def test_all_values_less_all_zeros() -> None:
+    """int4: 16 values less 17 zeros, in rows and groups of their own."""
+    value, zero = (t.to(torch.int8) for t in torch.meshgrid(torch.arange(-8, 8), torch.arange(-8, 9), indexing="ij"))
+    data = value.repeat_interleave(4, 1)
+    w = kernels.pack("int4", data, torch.ones(16, 17), 4, zeros=zero)
+    x = torch.zeros(17, 68)
+    x[torch.arange(17), torch.arange(17) * 4] = 1.0
+    assert torch.equal(native(x, w).t(), (value - zero).float())
+    for wrong in (zero * 2, zero[:1].contiguous(), zero.float()):
+        with pytest.raises(ValueError, match="zeros"):
+            kernels.pack("int4", data, torch.ones(16, 17), 4, zeros=wrong)
+    with pytest.raises(ValueError, match="zeros"):
+        kernels.pack("int8", data, torch.ones(16, 17), 4, zeros=zero)
 
 
 def test_every_e4m3_value_is_decoded_exactly() -> None:

@@ -13,9 +13,9 @@ ROOT = Path(glm52.__file__).parent
 FLOORS = (
     {"errors", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
-    {"quant", "cache", "chat", "shards"},
-    {"ops", "checkpoint", "tasks", "inspect", "grammar"},
-    {"model"},
+    {"quant", "schemes", "cache", "chat", "shards"},
+    {"ops", "layouts", "packing", "tasks", "inspect", "grammar"},
+    {"model", "checkpoint"},
     {"native"},
     {"engine", "load"},
     {"session"},
@@ -23,8 +23,21 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = ("", ".errors", ".config", ".tokenizer", ".chat", ".headers", ".hub", ".pages", ".inspect", ".grammar", ".tasks",
-         ".cli")  # fmt: skip
+LIGHT = (
+    "",
+    ".errors",
+    ".config",
+    ".tokenizer",
+    ".chat",
+    ".headers",
+    ".schemes",
+    ".hub",
+    ".pages",
+    ".inspect",
+    ".grammar",
+    ".tasks",
+    ".cli",
+)
 
 
 def room_of(path: Path) -> str:
