@@ -10,7 +10,8 @@ from glm52.errors import RequestError
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """temperature 0 is greedy. Penalties as in the OpenAI API; repetition_penalty as in transformers. logprobs: how
-    many alternatives to report with each token (None: not even its own). seed: None draws one."""
+    many alternatives to report with each token (None: not even its own); prompt_logprobs: the same for the prompt, which
+    is then computed whole. seed: None draws one."""
 
     max_tokens: int = 1 << 30
     temperature: float = 1.0
@@ -25,6 +26,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -32,7 +34,7 @@ class SamplingParams:
         ranges = {
             "max_tokens": (1, math.inf), "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "top_k": (0, math.inf),
             "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
-            "repetition_penalty": (1e-6, math.inf), "logprobs": (0, 20),
+            "repetition_penalty": (1e-6, math.inf), "logprobs": (0, 20), "prompt_logprobs": (0, 20),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

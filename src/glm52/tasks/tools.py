@@ -129,7 +129,9 @@ def _definition(rng: random.Random, kind: _Kind, split: Split) -> dict[str, Any]
     """The tool as a client declares it. Half of the names that training sees are coined, so that names get copied."""
     name = rng.choice(kind.names)
     if split == "train" and rng.random() < 0.5:
-        name = "_".join(rng.choice((coined(rng, is_name=False), rng.choice(WORDS[:-12]), name)) for _ in range(rng.randint(1, 2)))
+        name = "_".join(
+            rng.choice((coined(rng, is_name=False), rng.choice(WORDS[:-12]), name)) for _ in range(rng.randint(1, 2))
+        )
     parameters = {"type": "object", "properties": kind.parameters, "required": list(kind.parameters)}
     return {"type": "function", "function": {"name": name, "description": kind.description, "parameters": parameters}}
 
