@@ -1,9 +1,10 @@
 """A training step of the shipped model's configuration: this package against transformers, interleaved in one run.
 
-Both see the same packed batch shape, bf16 autocast with fp32 weights, one thread, forward + backward + optimizer. Ours
-does more work: Muon instead of AdamW, and in the second row the MTP layer with its loss, which transformers lacks.
+Both see the recipe's step: 8,192 tokens in micro-batches of 4,096, bf16 autocast with fp32 weights, one thread,
+forward, backward and optimizer. Ours does more work: Muon instead of AdamW, and in the second row the MTP layer
+with its loss, which transformers lacks.
 
-    python -m bench.training [--steps 5] [--batch 8] [--window 512]
+    python -m bench.training [--steps 5] [--batch 16] [--window 512]
 """
 
 import argparse
@@ -38,7 +39,7 @@ def random_shards(folder: Path, vocab_size: int) -> Shards:
 
 def our_step(config: GLMConfig, shards: Shards, folder: Path, batch: int, window: int, mtp: bool) -> Callable[[], None]:
     stage = Stage(name="bench", tokens=1 << 40, mixture={"text": 1.0}, window=window, batch_tokens=batch * window,
-                  micro_tokens=batch * window, mtp_weight=0.3 if mtp else 0.0)  # fmt: skip
+                  micro_tokens=batch * window // 2, mtp_weight=0.3 if mtp else 0.0)  # fmt: skip
     if not mtp:
         config = replace(config, num_nextn_predict_layers=0)
     trainer = Trainer(Recipe(name="bench", config=config, stages=(stage,), save_every_s=1e9), shards, folder)
@@ -53,10 +54,10 @@ def their_step(config: GLMConfig, batch: int, window: int, attention: str) -> Ca
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        tokens = torch.randint(0, config.vocab_size - 100, (batch, window))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(tokens, labels=tokens).loss
-        loss.backward()
+        for tokens in torch.randint(0, config.vocab_size - 100, (2, batch // 2, window)):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(tokens, labels=tokens).loss / 2
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -69,7 +70,7 @@ def void(_: object) -> None: ...
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
     args = parser.parse_args()
     torch.set_num_threads(1)

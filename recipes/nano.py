@@ -39,6 +39,10 @@ WIDE = {
     "code": 0.06, "prose": 0.02, "multilingual": 0.03, "chat_code": 0.03, "chat_maths": 0.16, "chat_general": 0.06,
     "chat_skills": 0.17, "chat_recall": 0.05, "chat_mid": 0.1, "chat_long": 0.32,
 }  # fmt: skip
+FORMS = {
+    "code": 0.07, "prose": 0.02, "multilingual": 0.03, "chat_code": 0.05, "chat_maths": 0.22, "chat_general": 0.08,
+    "chat_skills": 0.38, "chat_recall": 0.07, "chat_mid": 0.08,
+}  # fmt: skip
 
 
 def recipe() -> Recipe:
@@ -64,11 +68,13 @@ def recipe() -> Recipe:
                   muon_lr=0.016, adam_lr=2.4e-3, mtp_weight=0.0),
             Stage(name="wider", tokens=8_000_000, mixture=WIDER, window=1024, stretch=4096, warmup_steps=1,
                   prompt_weight=0.1, muon_lr=0.016, adam_lr=2.4e-3, decay_fraction=0.7, final_lr=0.2),
-            Stage(name="wide", tokens=1_500_000, mixture=WIDE, window=4096, warmup_steps=1, prompt_weight=0.1,
+            Stage(name="wide", tokens=655_360, mixture=WIDE, window=4096, warmup_steps=1, prompt_weight=0.1,
                   muon_lr=3.2e-3, adam_lr=5e-4, distill_every=8),
-            Stage(name="reindex", tokens=327_680, mixture=WIDE, window=4096, trainable="indexer", warmup_steps=2,
-                  adam_lr=1.5e-2, decay_fraction=0.6, final_lr=0.1, distill_every=1),
-            Stage(name="sparse", tokens=1_000_000, mixture=WIDE, window=4096, warmup_steps=1, prompt_weight=0.1,
-                  muon_lr=3.2e-3, adam_lr=5e-4, decay_fraction=1.0, index_topk=256, distill_every=2),
+            Stage(name="forms", tokens=2_500_000, mixture=FORMS, window=1024, stretch=4096, warmup_steps=20,
+                  prompt_weight=0.1, muon_lr=0.01, adam_lr=1.5e-3, decay_fraction=0.85, final_lr=0.08),
+            Stage(name="reindex", tokens=491_520, mixture=WIDE, window=4096, trainable="indexer", warmup_steps=2,
+                  adam_lr=1.5e-2, decay_fraction=0.7, final_lr=0.05, distill_every=1),
+            Stage(name="draft", tokens=802_816, mixture=FORMS, window=1024, trainable="mtp", draft_depth=3,
+                  warmup_steps=5, prompt_weight=0.1, muon_lr=0.01, adam_lr=1e-3, decay_fraction=0.8, final_lr=0.05),
         ),
     )  # fmt: skip

@@ -19,6 +19,7 @@ silently. Diagnostics, by their stable codes:
 import ast
 import json
 import re
+import sys
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 KEY, END_KEY = "<arg_key>", "</arg_key>"
 VALUE, END_VALUE = "<arg_value>", "</arg_value>"
+
+# Reasoning tokens that an effort stands for where no budget is given.
+BUDGETS = {"high": 4096, "max": 32_768}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,29 +570,54 @@ def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
 
 def _types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
     """JSON types a property may have; empty = anything."""
-    properties = schema.get("properties")
+    top = resolve_reference(schema, schema)
+    if not isinstance(top, Mapping):
+        return frozenset()
+    properties = top.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
-    return frozenset(_schema_types(found, schema, 0))
+    return argument_types(top.get("additionalProperties") if found is None else found, schema)
+
+
+def argument_types(node: Any, root: Mapping[str, Any]) -> frozenset[str]:
+    """JSON types that a schema admits; empty = anything. root: the schema that its references start from."""
+    return frozenset(_schema_types(node, root, 0))
+
+
+def resolve_reference(node: Any, root: Mapping[str, Any]) -> Any:
+    """The schema itself, or the one that its local ``$ref`` leads to."""
+    for _ in range(8):
+        reference = node.get("$ref") if isinstance(node, Mapping) else None
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return node
+        node = root
+        for part in reference[2:].split("/"):
+            node = node.get(part) if isinstance(node, Mapping) else None
+    return None
 
 
 def _schema_types(node: Any, root: Mapping[str, Any], depth: int) -> set[str]:
+    node = resolve_reference(node, root)
     if not isinstance(node, Mapping) or depth > 8:
         return set()
-    reference = node.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        target: Any = root
-        for part in reference[2:].split("/"):
-            target = target.get(part) if isinstance(target, Mapping) else None
-        return _schema_types(target, root, depth + 1)
     kind = node.get("type")
     if isinstance(kind, str):
         return {kind}
     if isinstance(kind, list):
         return {k for k in kind if isinstance(k, str)}
+    if "const" in node:
+        return {_type_of(node["const"])}
     if isinstance(node.get("enum"), list):
         return {_type_of(v) for v in node["enum"]}
-    branches = [b for word in ("anyOf", "oneOf", "allOf") for b in node.get(word) or []]
-    return {t for b in branches for t in _schema_types(b, root, depth + 1)}
+    either = [_schema_types(b, root, depth + 1) for b in branches(node, "anyOf", "oneOf")]
+    if either:
+        return set().union(*either) if all(either) else set()
+    every = [kinds for b in branches(node, "allOf") if (kinds := _schema_types(b, root, depth + 1))]
+    return set.intersection(*every) if every else set()
+
+
+def branches(schema: Mapping[str, Any], *words: str) -> list[Any]:
+    """The schemas listed under some keywords; what is no list has none."""
+    return [b for word in words if isinstance(schema.get(word), list) for b in schema[word]]
 
 
 def _type_of(value: Any) -> str:
@@ -603,7 +632,7 @@ def read_value(text: str, types: frozenset[str]) -> tuple[Any, str | None]:
     candidates: list[tuple[Any, str | None]] = []
     stripped = text.strip()
     try:
-        candidates.append((json.loads(stripped, parse_constant=_reject), None))
+        candidates.append((json.loads(stripped, parse_constant=_reject, parse_float=_finite), None))
     except (ValueError, RecursionError):
         literal = _literal(stripped)
         if literal is not _NOTHING:
@@ -621,6 +650,11 @@ def read_value(text: str, types: frozenset[str]) -> tuple[Any, str | None]:
 
 def _reject(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    """JSON can write numbers that no float holds; what is written on from them must stay JSON."""
+    return min(max(float(digits), -sys.float_info.max), sys.float_info.max)
 
 
 _NOTHING = object()

@@ -37,7 +37,8 @@ class Context(NamedTuple):
     """What every layer of one forward shares.
 
     dense: no cache, and no token sees more rows than the indexer would select, so nothing is selected. distill: the
-    indexers' loss is wanted. write: this forward owns the rows of its tokens (False for later draft steps).
+    indexers' loss is wanted. write: this forward owns the rows of its tokens (False for later draft steps); without a
+    cache such a step attends to ``rows``, those of the first.
     """
 
     spans: Spans
@@ -47,6 +48,7 @@ class Context(NamedTuple):
     dense: bool
     distill: bool = False
     write: bool = True
+    rows: Tensor | None = None
 
 
 class Linear(nn.Module):
@@ -142,8 +144,7 @@ class Attention(nn.Module):
         q_TQ = self.q_a_layernorm(self.q_a_proj(h_TD))
         q_nope, q_rope = self.q_b_proj(q_TQ).unflatten(-1, (self.heads, -1)).split((self.nope_dim, self.rope_dim), -1)
         q_rope = ops.rope(q_rope, context.rope)
-        latent, k_rope = self.kv_a_proj_with_mqa(h_TD).split((self.latent_dim, self.rope_dim), -1)
-        rows = torch.cat((self.kv_a_layernorm(latent), ops.rope(k_rope, context.rope)), dim=-1)
+        rows = self.rows(h_TD, context.rope) if context.rows is None else context.rows
         if context.cache is not None:
             pool = context.cache.rows(self.layer)
             if context.write:
@@ -164,6 +165,11 @@ class Attention(nn.Module):
                 )
                 selection = selection._replace(loss=selection.loss + loss)
         return self.o_proj(o.flatten(1)), selection
+
+    def rows(self, h_TD: Tensor, rope: Tensor) -> Tensor:
+        """What the cache holds of each token: the normalised latent and the rotated key, [T, Z]."""
+        latent, k_rope = self.kv_a_proj_with_mqa(h_TD).split((self.latent_dim, self.rope_dim), -1)
+        return torch.cat((self.kv_a_layernorm(latent), ops.rope(k_rope, rope)), dim=-1)
 
     def _select(
         self, indexer: Indexer, h_TD: Tensor, q_TQ: Tensor, selection: Selection, context: Context
@@ -370,17 +376,35 @@ class GLM(nn.Module):
         y_TD, chosen = mtp(x_TD, Selection(selection), context)
         return mtp.shared_head["norm"](y_TD), chosen.ids_TG
 
-    def draft_distill(self, h_TD: Tensor, tokens_T: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-        """``draft`` without a cache -> z_TD and the MTP layer's own indexer loss."""
+    def draft_steps(
+        self, h_TD: Tensor, tokens_AT: Tensor, spans: Spans, distill: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Training's form of ``draft``, every token at once and no cache: A steps from each position i.
+
+        tokens_AT[a] is token i + 1 + a; step a returns the z_TD that predicts token i + 2 + a. Later steps stand at
+        position i + a and read the rows and the selection of the first up to i, as drafting does. Also the MTP
+        layer's indexer loss where ``distill`` wants it.
+        """
         mtp = self.mtp
         assert mtp is not None
-        context = self._context(spans, None)._replace(distill=True)
-        y_TD, chosen = mtp(mtp.combine(self.model.embed_tokens(tokens_T), h_TD), Selection(), context)
-        assert chosen.loss is not None
-        return mtp.shared_head["norm"](y_TD), chosen.loss
+        context = self._context(spans, None)._replace(distill=distill)
+        x_TD = mtp.combine(self.model.embed_tokens(tokens_AT[0]), h_TD)
+        y_TD, chosen = mtp(x_TD, Selection(), context)
+        steps = [mtp.shared_head["norm"](y_TD)]
+        if len(tokens_AT) > 1:
+            rows = mtp.self_attn.rows(mtp.input_layernorm(x_TD), context.rope)
+            context = context._replace(write=False, distill=False, rows=rows)
+        for a, tokens_T in enumerate(tokens_AT[1:], 1):
+            x_TD = mtp.combine(self.model.embed_tokens(tokens_T), steps[-1])
+            context = context._replace(rope=self._rope(spans.positions_T + a))
+            y_TD, _ = mtp(x_TD, Selection(chosen.ids_TG), context)
+            steps.append(mtp.shared_head["norm"](y_TD))
+        return steps, chosen.loss
 
     def _context(self, spans: Spans, cache: LatentCache | None) -> Context:
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        rope = ops.rope_table(spans.positions_T, self.config.qk_rope_head_dim, self.config.rope_theta)
         dense = cache is None and spans.max_length <= self.index_topk
-        return Context(spans, rope.to(dtype), cache, self.index_topk, dense)
+        return Context(spans, self._rope(spans.positions_T), cache, self.index_topk, dense)
+
+    def _rope(self, positions_T: Tensor) -> Tensor:
+        table = ops.rope_table(positions_T, self.config.qk_rope_head_dim, self.config.rope_theta)
+        return table.to(torch.promote_types(self.dtype, torch.float32))

@@ -49,7 +49,7 @@ class NativeGLM:
         self._extension = ops.kernels()
         self._stack = self._extension.Stack(_dims(model.config), threads or torch.get_num_threads())
         self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16
-        self._soft: WeightFormat = {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)  # type: ignore[assignment]
+        self._soft = soft_format(fmt)
         with torch.no_grad():
             self._head = self._pack(model.lm_head.weight, self._soft)
             draft = self._draft_ends(model)
@@ -167,6 +167,11 @@ class NativeGLM:
 
     def _gate_up(self, gate_FD: Tensor, up_FD: Tensor) -> Any:
         return pack(self._extension, [gate_FD, up_FD], self.format, alternate=True)
+
+
+def soft_format(fmt: WeightFormat) -> WeightFormat:
+    """What the output head and kv_b_proj are kept in, where all other matrices are in ``fmt``."""
+    return {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)  # type: ignore[return-value]
 
 
 def pack(kernels: ModuleType, parts: Sequence[Tensor], fmt: WeightFormat, *, alternate: bool = False) -> Any:

@@ -4,9 +4,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TextIO
 
 from glm52.chat import (
+    BUDGETS,
     ContentDelta,
     Delta,
     Diagnostic,
@@ -19,7 +21,7 @@ from glm52.chat import (
     ToolCallStart,
     collect,
 )
-from glm52.engine import SamplingParams
+from glm52.engine import Repetition, SamplingParams
 from glm52.errors import GLMError
 from glm52.hub import resolve
 from glm52.session import Session, add_format_argument
@@ -88,8 +90,9 @@ class Chat:
         defaults = session.defaults
         temperature = defaults.get("temperature", 1.0) if args.temperature is None else args.temperature
         self.params = SamplingParams(
-            max_tokens=args.max_tokens, temperature=temperature, top_p=defaults.get("top_p", 1.0), seed=args.seed
-        )
+            max_tokens=args.max_tokens, temperature=temperature, top_p=defaults.get("top_p", 1.0), seed=args.seed,
+            repetition=Repetition(),
+        )  # fmt: skip
         self.output_tokens, self.seconds = 0, 0.0
 
     def style(self, text: str, code: str) -> str:
@@ -171,7 +174,7 @@ class Chat:
         parser = ReplyParser(None, thinking=self.thinking.enabled)
         deltas: list[Delta] = []
         shown = Display(self)
-        seq = session.engine.submit(ids, self.params)
+        seq = session.engine.submit(ids, replace(self.params, thinking_budget=BUDGETS[self.thinking.effort]))
         began = time.perf_counter()
         try:
             while seq.finish_reason is None:
@@ -185,7 +188,7 @@ class Chat:
             self.seconds += time.perf_counter() - began
         last = parser.close()
         shown.show(last)
-        shown.end(seq.finish_reason)
+        shown.end(seq.finish_reason, cut=seq.thinking_closed is not None)
         return collect([*deltas, *last], thinking=self.thinking.enabled)
 
 
@@ -215,10 +218,12 @@ class Display:
             elif isinstance(d, Diagnostic):
                 self._write(f"[{d.code}: {d.message}]\n", "33")
 
-    def end(self, finish_reason: str | None) -> None:
+    def end(self, finish_reason: str | None, *, cut: bool) -> None:
+        """cut: whether the budget ended the thinking."""
         if self._in_reasoning:
             self._end_reasoning()
-        self._write("\n" if finish_reason == "stop" else f" ({finish_reason})\n")
+        remarks = ["thinking was cut short"] * cut + [finish_reason] * (finish_reason not in ("stop", None))
+        self._write(f" ({'; '.join(map(str, remarks))})\n" if remarks else "\n")
 
     def _end_reasoning(self) -> None:
         if self._in_reasoning:

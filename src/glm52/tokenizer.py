@@ -45,6 +45,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size())
 
+    def to_json(self) -> str:
+        """The tokenizer.json, for libraries that read one."""
+        return str(self._backend.to_str())
+
     def id(self, token: str) -> int | None:
         """The id of one token's exact string."""
         return self._backend.token_to_id(token)

@@ -94,6 +94,33 @@ def test_the_language_loss_never_reaches_the_indexer() -> None:
     assert all((p.grad is not None) == (".indexer." in n and "layers.7." not in n) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("top_k", [4, 64])
+def test_the_steps_that_training_drafts_are_those_of_drafting(top_k: int) -> None:
+    config = tiny_config(index_topk=top_k)
+    model = random_model(config, dtype=torch.float64)
+    lengths = (9, 14)
+    spans = Spans.of_documents(lengths, window=23)
+    ids = torch.randint(2, config.vocab_size, (26,), generator=torch.Generator().manual_seed(0))
+    ahead = torch.stack([ids[a : a + 23] for a in (1, 2, 3)])
+    with torch.inference_mode():
+        h = model(ids[:23], spans)
+        steps, _ = model.draft_steps(h, ahead, spans)
+        begin = 0
+        for length in lengths:
+            for end in range(1, length + 1):
+                cache = model.new_cache(64)
+                one = slice(begin, begin + end)
+                z, chosen = model.draft(h[one], ahead[0, one], Spans.of_sequence(0, end), cache)
+                assert chosen is not None
+                z, chosen = z[-1:], chosen[-1:]
+                for a in range(3):
+                    torch.testing.assert_close(z[0], steps[a][begin + end - 1])
+                    at, token = Spans.of_sequence(end + a, end + a + 1), ahead[a + 1 : a + 2, begin + end - 1]
+                    if a < 2:
+                        z, _ = model.draft(z, token, at, cache, chosen)
+            begin += length
+
+
 def test_windows_are_a_function_of_the_seed_and_keep_their_shares(shards: Shards) -> None:
     mixture = {"text": 0.25, "chat": 0.75}
     first, again = (list(itertools.islice(windows(shards, mixture, 32, 5), 200)) for _ in range(2))
@@ -109,16 +136,26 @@ def test_windows_are_a_function_of_the_seed_and_keep_their_shares(shards: Shards
 
 
 def test_targets_stay_inside_their_document(shards: Shards) -> None:
-    batch = materialize(shards, list(itertools.islice(windows(shards, {"chat": 1.0}, 32, 0), 8)), 32, 7, 0.25)
+    batch = materialize(shards, list(itertools.islice(windows(shards, {"chat": 1.0}, 32, 0), 8)), 32, 7, 0.25, ahead=3)
     T = batch.spans.num_tokens
     for t in range(T):
-        if batch.weight_T[t]:
-            assert batch.targets_T[t] == (batch.tokens_T[t] + 1) % 60
-            assert batch.weight_T[t] in (0.25, 1.0)
-        if batch.draft_weight_T[t]:
-            assert batch.draft_targets_T[t] == (batch.tokens_T[t] + 2) % 60
+        for a in range(3):
+            if batch.weight_AT[a, t]:
+                assert batch.targets_AT[a, t] == (batch.tokens_T[t] + a + 1) % 60
+                assert batch.weight_AT[a, t] in (0.25, 1.0)
     last = [t for t in range(T - 1) if batch.spans.seq_T[t] != batch.spans.seq_T[t + 1]]
-    assert not batch.weight_T[last].any(), "the last token of a whole document has no target"
+    assert not batch.weight_AT[:, last].any(), "the last token of a whole document has no target"
+
+
+def test_stretched_documents_keep_their_order_and_their_start(shards: Shards) -> None:
+    pieces = list(itertools.islice(windows(shards, {"chat": 1.0}, 32, 0), 8))
+    plain, apart = (materialize(shards, pieces, 32, 7, 0.25, stretch=s).spans for s in (0, 500))
+    skips = apart.positions_T - plain.positions_T
+    assert skips.max() > 0 and apart.positions_T.max() < 500
+    same = apart.seq_T[1:] == apart.seq_T[:-1]
+    assert (apart.positions_T.diff()[same] >= 1).all()
+    assert not apart.positions_T[1:][~same].any()
+    assert (skips == 0).any(), "some documents are left as they are"
 
 
 def test_muon_orthogonalizes_every_matrix_by_itself() -> None:

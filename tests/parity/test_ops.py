@@ -33,6 +33,9 @@ def test_select_rows_is_a_stable_sort(lengths: list[int], G: int, seed: int) -> 
         visible = list(range(first, t + 1))
         expected = sorted(sorted(visible, key=lambda u: -float(scores[t, u]))[:G])
         assert [i for i in ids[t].tolist() if i >= 0] == expected
+    in_window = ops.select_rows(q, w, k, Spans.of_documents(lengths, window=T), G)
+    assert torch.equal(in_window[:, : ids.shape[1]], ids)
+    assert (in_window[:, ids.shape[1] :] == -1).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,5 +1,6 @@
 """The rendered prompt is GLM-5.2's, byte for byte; and only the template can open a turn."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 import glm52
-from glm52.chat import ChatTemplate, Thinking, parse_reply
+from glm52.chat import ChatTemplate, Thinking, parse_reply, read_value
 from glm52.errors import RequestError
 from glm52.tokenizer import Tokenizer
 
@@ -189,3 +190,20 @@ def test_malformed_calls_are_repaired_or_reported(
 def test_a_thought_never_closed_is_all_reasoning() -> None:
     reply = parse_reply("so <tool_call>f</tool_call>", TOOLS, thinking=True)
     assert (reply.reasoning, reply.content, reply.tool_calls) == ("so <tool_call>f</tool_call>", "", [])
+
+
+def test_types_follow_references_constants_and_rules_for_other_properties() -> None:
+    text = "<arg_key>{}</arg_key><arg_value>{}</arg_value>"
+    parameters = {
+        "$ref": "#/$defs/top",
+        "$defs": {"top": {"properties": {"c": {"const": "5"}, "r": {"$ref": "#/$defs/s"}, "e": {"anyOf": [{}, {"type": "string"}]}},
+                          "additionalProperties": {"type": "string"}}, "s": {"type": "string"}},
+    }  # fmt: skip
+    body = "".join(text.format(k, v) for k, v in (("c", "5"), ("r", "6"), ("e", "7"), ("other", "8")))
+    reply = parse_reply(f"<tool_call>f{body}</tool_call>", [{"name": "f", "parameters": parameters}], thinking=False)
+    assert json.loads(reply.tool_calls[0].arguments) == {"c": "5", "r": "6", "e": 7, "other": "8"}
+
+
+def test_a_number_that_no_float_holds_stays_json() -> None:
+    assert read_value("1e999", frozenset({"number"})) == (1.7976931348623157e308, None)
+    assert read_value("-1e999", frozenset())[0] == -1.7976931348623157e308

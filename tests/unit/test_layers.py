@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "cache", "chat", "shards"},
-    {"ops", "checkpoint", "tasks", "inspect"},
+    {"ops", "checkpoint", "tasks", "inspect", "grammar"},
     {"model"},
     {"native"},
     {"engine", "load"},
@@ -23,7 +23,8 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = ("", ".errors", ".config", ".tokenizer", ".chat", ".headers", ".hub", ".pages", ".inspect", ".tasks", ".cli")
+LIGHT = ("", ".errors", ".config", ".tokenizer", ".chat", ".headers", ".hub", ".pages", ".inspect", ".grammar", ".tasks",
+         ".cli")  # fmt: skip
 
 
 def room_of(path: Path) -> str:

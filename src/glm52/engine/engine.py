@@ -15,6 +15,8 @@ from torch import Tensor
 
 from glm52.cache import Spans
 from glm52.config import GLMConfig
+from glm52.engine.guide import Guide, Marks
+from glm52.engine.matcher import Matcher, Matchers
 from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array, distribution, log_probabilities, pick, processed, residual, uniform
 from glm52.engine.scheduler import Scheduler, Work
@@ -87,6 +89,8 @@ class Engine:
         self.stats = Stats()
         self._eos = frozenset(model.config.eos_token_id)
         self._next_id = 0
+        self._marks = Marks.of(tokenizer)
+        self.matchers = Matchers(tokenizer, model.config.vocab_size, self._eos) if tokenizer else None
 
     @property
     def context_length(self) -> int:
@@ -113,15 +117,26 @@ class Engine:
             raise RequestError(
                 f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param="prompt"
             )
+        max_tokens = min(params.max_tokens, self.context_length - len(prompt))
         seq = Sequence(
             id=self._next_id, prompt=prompt, params=params, seed=draw_seed(params.seed), tokens=list(prompt),
-            max_tokens=min(params.max_tokens, self.context_length - len(prompt)),
+            max_tokens=max_tokens,
+            guide=Guide(params, prompt, max_tokens, self._eos, self._marks, self._matcher(params)),
             detokenizer=self.tokenizer.stream() if self.tokenizer else None,
         )  # fmt: skip
         self._next_id += 1
         self.scheduler.waiting.append(seq)
         self.stats.prompt_tokens += len(prompt)
         return seq
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.thinking_budget is not None and self._marks is None:
+            raise RequestError("thinking_budget: this vocabulary has no <think> and </think>", param="thinking_budget")
+        if params.grammar is None:
+            return None
+        if self.matchers is None:
+            raise RequestError("grammar: this engine has no tokenizer", param=params.grammar.param)
+        return self.matchers.new(params.grammar)
 
     def abort(self, seq: Sequence) -> None:
         """Drop a sequence at once; a finished one is left alone."""
@@ -240,6 +255,8 @@ class Engine:
                     logprobs.append(_logprob(logits_W, token, seq.params.logprobs))
             if seq.finish_reason is not None or not is_draft:
                 break
+        if seq.guide.error is not None:
+            return self._fail(seq, f"the grammar could not be followed: {seq.guide.error}")
         if seq.finish_reason is not None:
             text += seq.close_text()
         self.stats.output_tokens += len(token_ids)
@@ -252,7 +269,7 @@ class Engine:
         by a draw from the residual, which keeps the distribution exact. Source: Leviathan et al., 2211.17192.
         """
         params, position = seq.params, len(seq.tokens)
-        x = processed(logits_W, params, seq.prompt, seq.output)
+        x = seq.guide.shape(processed(logits_W, params, seq.prompt, seq.output))
         if params.is_greedy:
             token = int(np.argmax(x))
             return token, depth is not None and token == seq.drafts[depth]
@@ -309,6 +326,7 @@ class Engine:
         if not chosen:
             return
         seqs = [parts[i][0] for i in chosen]
+        marks = [seq.guide.mark() for seq in seqs]
         z_SD, selection = z_TD[ends[chosen]], selection[ends[chosen]]
         for depth in range(self.draft_depth):
             logits = self.model.logits(z_SD).numpy()
@@ -316,20 +334,23 @@ class Engine:
             if depth + 1 < self.draft_depth:
                 spans = self._spans([(seq, len(seq.tokens) - 1 + depth, 1) for seq in seqs])
                 z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, selection)
+        for seq, mark in zip(seqs, marks, strict=True):
+            seq.guide.reset(mark)
 
     def _has_room(self, seq: Sequence) -> bool:
         """Whether all drafts and one more token fit before the sequence must end."""
         return len(seq.output) + self.draft_depth + 1 <= seq.max_tokens
 
     def _propose(self, seq: Sequence, logits_W: Array) -> int:
-        """Append one draft to a sequence, drawn the way its token will be."""
+        """Append one draft to a sequence, drawn the way its token will be; its guide moves on with it."""
         position = len(seq.tokens) + len(seq.drafts)
-        x = processed(logits_W, seq.params, seq.prompt, seq.output + seq.drafts)
+        x = seq.guide.shape(processed(logits_W, seq.params, seq.prompt, seq.output + seq.drafts))
         if seq.params.is_greedy:
             token, q = int(np.argmax(x)), None
         else:
             q = distribution(x, seq.params)
             token = pick(q, uniform(seq.seed, position, "draft"))
+        seq.guide.follow(token)
         seq.drafts.append(token)
         seq.draft_probabilities.append(q)
         return token

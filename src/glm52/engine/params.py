@@ -5,13 +5,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glm52.errors import RequestError
+from glm52.grammar import Grammar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """When a reply goes round in circles: its end is one period of at most ``max_period`` tokens, exactly repeated at
+    least ``min_repeats`` times and for at least ``min_tokens`` tokens. The defaults leave tables and lists alone that a
+    reader would still read."""
+
+    min_tokens: int = 1024
+    min_repeats: int = 8
+    max_period: int = 256
+
+    @property
+    def longest(self) -> int:
+        """Tokens that decide."""
+        return max(self.min_tokens, self.min_repeats * self.max_period)
+
+    def __post_init__(self) -> None:
+        if min(self.min_tokens, self.max_period) < 1 or self.min_repeats < 2:
+            raise RequestError("repetition: expected min_tokens and max_period of at least 1 and min_repeats of at "
+                               f"least 2, found {self}", param="repetition")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """temperature 0 is greedy. Penalties as in the OpenAI API; repetition_penalty as in transformers. logprobs: how
     many alternatives to report with each token (None: not even its own); prompt_logprobs: the same for the prompt, which
-    is then computed whole. seed: None draws one."""
+    is then computed whole. seed: None draws one. thinking_budget: reasoning tokens after which thinking is closed (None:
+    never). grammar: what must follow the reasoning. repetition: when a loop ends the reply (None: never)."""
 
     max_tokens: int = 1 << 30
     temperature: float = 1.0
@@ -28,6 +51,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    thinking_budget: int | None = None
+    grammar: Grammar | None = None
+    repetition: Repetition | None = None
 
     def __post_init__(self) -> None:
         """RequestError names the first field that is out of its range."""
@@ -35,6 +61,7 @@ class SamplingParams:
             "max_tokens": (1, math.inf), "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "top_k": (0, math.inf),
             "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
             "repetition_penalty": (1e-6, math.inf), "logprobs": (0, 20), "prompt_logprobs": (0, 20),
+            "thinking_budget": (0, math.inf),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

@@ -6,11 +6,12 @@ from typing import Literal
 
 import numpy as np
 
+from glm52.engine.guide import Closed, Guide
 from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array
 from glm52.tokenizer import Detokenizer
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Sequence:
     max_tokens: int
     tokens: list[int]
     detokenizer: Detokenizer | None = None
+    guide: Guide = field(default_factory=Guide)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     num_cached_tokens: int = 0
@@ -65,6 +67,16 @@ class Sequence:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def thinking_closed(self) -> Closed | None:
+        """How the thinking budget ended the reasoning: at a sentence's end, by force, or (None) not at all."""
+        return self.guide.thinking_closed
+
+    @property
+    def num_reasoning(self) -> int:
+        """Reasoning tokens of the reply."""
+        return self.guide.num_reasoning
+
+    @property
     def num_uncached(self) -> int:
         return len(self.tokens) - self.num_cached
 
@@ -76,9 +88,18 @@ class Sequence:
             return None
         self.tokens.append(token)
         text = self._visible_text([token])
-        if self.finish_reason is None and len(self.tokens) - len(self.prompt) >= self.max_tokens:
-            self.finish_reason = "length"
+        self.guide.follow(token)
+        if self.finish_reason is None:
+            self.finish_reason = self._ended()
         return text
+
+    def _ended(self) -> FinishReason | None:
+        """Why the reply is over with its last token, if it is."""
+        if self.guide.is_complete and not self.params.ignore_eos:
+            return "stop"
+        if self.guide.is_stuck(self.tokens):
+            return "repetition"
+        return "length" if len(self.tokens) - len(self.prompt) >= self.max_tokens else None
 
     def close_text(self) -> str:
         """The text held back, once the reply has ended for another reason than a stop string."""

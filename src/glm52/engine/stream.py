@@ -46,6 +46,8 @@ class AsyncEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
+        if params.grammar is not None and self.engine.matchers is not None:
+            await asyncio.to_thread(self.engine.matchers.compile, params.grammar)
         seq = self._submit(tokens, params, deliver)
         try:
             while True:

@@ -77,8 +77,10 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor, spans: Spans, G: i
     """Rows of the G best-scored keys each token may see -> ids_TG int32, in order of position, -1 at the end.
 
     Causal; ties go to the lowest position. With G or fewer visible keys all are taken and nothing is scored. The width
-    is min(G, longest context). Scratch is bounded by tiles of queries.
+    is min(G, longest context), in the training layout min(G, window). Scratch is bounded by tiles of queries.
     """
+    if spans.window:
+        return _select_in_windows(q_TXI, w_TX, keys_NI, spans.seq_T.view(-1, spans.window), G)
     width = min(G, spans.max_length)
     ids_TG = torch.full((spans.num_tokens, width), -1, dtype=torch.int32)
     counts = torch.bincount(spans.seq_T, minlength=len(spans.lengths_S)).tolist()
@@ -101,11 +103,21 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor, spans: Spans, G: i
     return ids_TG
 
 
+def _select_in_windows(q_TXI: Tensor, w_TX: Tensor, keys_TI: Tensor, seq_BW: Tensor, G: int) -> Tensor:
+    """``select_rows`` where a token's context lies in its own window: the same shapes whatever documents it holds."""
+    B, W = seq_BW.shape
+    scores = index_scores(*(x.unflatten(0, (B, W)) for x in (q_TXI, w_TX, keys_TI)))
+    visible = _visible(seq_BW, 0, W)
+    chosen = visible & _is_top(scores.masked_fill(~visible, -torch.inf), min(G, W))
+    rows = torch.arange(B * W).view(B, 1, W).expand(B, W, W)
+    return _pack(chosen.flatten(0, 1), rows.flatten(0, 1), min(G, W))
+
+
 def _is_top(scores_TN: Tensor, G: int) -> Tensor:
     """Mask of the G largest of each row, ties to the lowest index."""
-    last = scores_TN.topk(G, dim=-1, sorted=True).values[:, -1:]
+    last = scores_TN.topk(G, dim=-1, sorted=True).values[..., -1:]
     above, tied = scores_TN > last, scores_TN == last
-    return above | (tied & (tied.cumsum(1) <= G - above.sum(1, keepdim=True)))
+    return above | (tied & (tied.cumsum(-1) <= G - above.sum(-1, keepdim=True)))
 
 
 def _pack(chosen_TN: Tensor, rows_N: Tensor, width: int) -> Tensor:
@@ -254,109 +266,60 @@ def route(logits_TE: Tensor, bias_E: Tensor, K: int, scale: float, normalize: bo
     return ids_TK, w_TK * scale
 
 
-@torch.library.custom_op("glm52::grouped_experts", mutates_args=())
-def _grouped_experts(
-    x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert by expert over the tokens sorted by expert: output, and what backward needs (order, gate and up)."""
-    T, K = ids_TK.shape
-    order = ids_TK.flatten().argsort(stable=True)
-    counts = torch.bincount(ids_TK.flatten(), minlength=gate_up_EGD.shape[0]).tolist()
-    x_sorted = x_TD[order // K]
-    gate_up = x_TD.new_empty(T * K, gate_up_EGD.shape[1])
-    out = x_TD.new_empty(T * K, x_TD.shape[1])
-    begin = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows = slice(begin, begin + count)
-            torch.mm(x_sorted[rows], gate_up_EGD[expert].t(), out=gate_up[rows])
-            out[order[rows]] = swiglu(gate_up[rows]) @ down_EDF[expert].t()
-            begin += count
-    y_TD = (wide(out.view(T, K, -1)) * w_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
-    return y_TD, order, gate_up
+@torch.library.custom_op("glm52::grouped_mm", mutates_args=())
+def _grouped_mm(x_NA: Tensor, w_EBA: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, each times its own expert's matrix -> [N, B]."""
+    out = x_NA.new_empty(len(x_NA), w_EBA.shape[1])
+    counts = counts_E.tolist()
+    for x, w, y in zip(x_NA.split(counts), w_EBA, out.split(counts), strict=True):
+        torch.mm(x, w.t(), out=y)
+    return out
 
 
-@_grouped_experts.register_fake
-def _(
-    x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = ids_TK.numel()
-    return torch.empty_like(x_TD), ids_TK.new_empty(n), x_TD.new_empty(n, gate_up_EGD.shape[1])
+@_grouped_mm.register_fake
+def _(x_NA: Tensor, w_EBA: Tensor, counts_E: Tensor) -> Tensor:
+    return x_NA.new_empty(len(x_NA), w_EBA.shape[1])
 
 
-@torch.library.custom_op("glm52::grouped_experts_backward", mutates_args=())
-def _grouped_experts_backward(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    order: Tensor,
-    gate_up: Tensor,
-    w_TK: Tensor,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    counts_E: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T, K = w_TK.shape
-    token = order // K
-    w_sorted = w_TK.flatten()[order].to(x_TD.dtype).unsqueeze(1)
-    x_sorted, grad_sorted = x_TD[token], grad_TD[token]
-    gate, up = gate_up.chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    hidden = silu * up
-    grad_hidden = torch.empty_like(hidden)
-    grad_weighted = grad_sorted * w_sorted
-    grad_gate_up_w, grad_down_w = torch.zeros_like(gate_up_EGD), torch.zeros_like(down_EDF)
-    grad_x_sorted = torch.empty_like(x_sorted)
-    spans, begin = [], 0
-    for expert, count in enumerate(counts_E.tolist()):
-        if count:
-            rows = slice(begin, begin + count)
-            spans.append((expert, rows))
-            torch.mm(grad_sorted[rows], down_EDF[expert], out=grad_hidden[rows])
-            torch.mm(grad_weighted[rows].t(), hidden[rows], out=grad_down_w[expert])
-            begin += count
-    grad_w = torch.empty_like(w_TK).flatten()
-    grad_w[order] = (wide(grad_hidden) * hidden).sum(-1).to(grad_w.dtype)
-    grad_hidden = grad_hidden * w_sorted
-    grad_gate_up = torch.cat((grad_hidden * up * (sigmoid + silu * (1 - sigmoid)), grad_hidden * silu), dim=-1)
-    for expert, rows in spans:
-        torch.mm(grad_gate_up[rows].t(), x_sorted[rows], out=grad_gate_up_w[expert])
-        torch.mm(grad_gate_up[rows], gate_up_EGD[expert], out=grad_x_sorted[rows])
-    unsorted = torch.empty_like(grad_x_sorted)
-    unsorted[order] = grad_x_sorted
-    grad_x = wide(unsorted.view(T, K, -1)).sum(1).to(x_TD.dtype)
-    return grad_x, grad_w.view(T, K), grad_gate_up_w, grad_down_w
+@torch.library.custom_op("glm52::grouped_outer", mutates_args=())
+def _grouped_outer(g_NB: Tensor, x_NA: Tensor, counts_E: Tensor) -> Tensor:
+    """For each expert the sum over its rows of g^T x: the gradient of its matrix, [E, B, A]."""
+    out = x_NA.new_empty(len(counts_E), g_NB.shape[1], x_NA.shape[1])
+    counts = counts_E.tolist()
+    for g, x, y in zip(g_NB.split(counts), x_NA.split(counts), out, strict=True):
+        torch.mm(g.t(), x, out=y)
+    return out
 
 
-@_grouped_experts_backward.register_fake
-def _(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    order: Tensor,
-    gate_up: Tensor,
-    w_TK: Tensor,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    counts_E: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_TD), torch.empty_like(w_TK), torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+@_grouped_outer.register_fake
+def _(g_NB: Tensor, x_NA: Tensor, counts_E: Tensor) -> Tensor:
+    return x_NA.new_empty(len(counts_E), g_NB.shape[1], x_NA.shape[1])
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x_TD, ids_TK, w_TK, gate_up_EGD, down_EDF = inputs
-    _, order, gate_up = output
-    counts_E = torch.bincount(ids_TK.flatten(), minlength=gate_up_EGD.shape[0])
-    ctx.save_for_backward(x_TD, order, gate_up, w_TK, gate_up_EGD, down_EDF, counts_E)
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_TD, _order, _gate_up):  # type: ignore[no-untyped-def]
-    x_TD, order, gate_up, w_TK, gate_up_EGD, down_EDF, counts_E = ctx.saved_tensors
-    grads = _grouped_experts_backward(grad_TD.contiguous(), x_TD, order, gate_up, w_TK, gate_up_EGD, down_EDF, counts_E)
-    grad_x, grad_w, grad_gate_up, grad_down = grads
-    return grad_x, None, grad_w, grad_gate_up, grad_down
+def _backward(ctx, grad_NB):  # type: ignore[no-untyped-def]
+    x_NA, w_EBA, counts_E = ctx.saved_tensors
+    grad_NB = grad_NB.contiguous()
+    return _grouped_mm(grad_NB, w_EBA.mT, counts_E), _grouped_outer(grad_NB, x_NA, counts_E), None
 
 
-_grouped_experts.register_autograd(_backward, setup_context=_save_for_backward)
+_grouped_mm.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; the gradient is gathered by the inverse, where indexing would scatter it."""
+
+    @staticmethod
+    def forward(ctx, x_ND, order, inverse):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return x_ND[order]
+
+    @staticmethod
+    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
+        return grad_ND[ctx.saved_tensors[0]], None, None
 
 
 def expert_ffn(x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -368,7 +331,15 @@ def expert_ffn(x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, 
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x_TD, gate_up_EGD, down_EDF = x_TD.to(dtype), gate_up_EGD.to(dtype), down_EDF.to(dtype)
-    y_TD: Tensor = _grouped_experts(x_TD, ids_TK, w_TK, gate_up_EGD, down_EDF)[0]
+    T, K = ids_TK.shape
+    order = ids_TK.flatten().argsort(stable=True)
+    inverse = order.argsort()
+    counts_E = F.one_hot(ids_TK.flatten(), len(gate_up_EGD)).sum(0)
+    x_ND = x_TD[:, None].expand(T, K, -1).flatten(0, 1)
+    x_ND = _Permute.apply(x_ND, order, inverse)  # type: ignore[no-untyped-call]
+    hidden = swiglu(_grouped_mm(x_ND, gate_up_EGD, counts_E))
+    y_ND = _Permute.apply(_grouped_mm(hidden, down_EDF, counts_E), inverse, order)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = (wide(y_ND.view(T, K, -1)) * w_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
     return y_TD
 
 

@@ -164,6 +164,25 @@ def _record(rng: random.Random, split: Split) -> dict[str, Any]:
 
 # The last two are kept for the test split.
 _SENTENCES = (
+    (("name", "item"), "Give the {item} to {name}."),
+    (("name", "item", "quantity"), "Bring {name} {quantity} {item}s."),
+    (("name", "item", "city"), "Ask {name} in {city} about the {item}."),
+    (("name", "item", "city", "quantity"), "Please mail {quantity} {item}s to {name}, {city}."),
+    (("name", "city"), "Write to {name} in {city}."),
+    (("name", "city", "age"), "Meet {name} ({age}) in {city}."),
+    (("name", "job"), "Tell the {job}, {name}."),
+    (("name", "price"), "Refund {price} to {name}."),
+    (("item", "color", "city"), "Ship the {color} {item} to {city}."),
+    (("name", "item", "price", "quantity"), "For {price}, {name} bought {quantity} {item}s."),
+    (("name", "item", "price", "quantity"), "{name} bought {quantity} {item}s and paid {price}."),
+    (("name", "item", "price", "quantity"), "The {quantity} {item}s cost {name} {price}."),
+    (("item", "price", "quantity"), "Price {price}, {quantity} {item}s."),
+    (("name", "price", "quantity"), "{name} gave {price} to {quantity} people."),
+    (("name", "price", "item"), "{name} got {price} for the {item}."),
+    (("name", "age", "quantity"), "{name}, {age}, has {quantity} children."),
+    (("age", "name"), "At {age}, {name} retired."),
+    (("city", "name"), "In {city} lives {name}."),
+    (("email", "name"), "Mail {email} if you look for {name}."),
     (("name", "item", "price"), "{name} sold the {item} for {price}."),
     (("name", "item"), "{name} lost a {item} yesterday."),
     (("name", "item"), "The {item} belongs to {name}."),
@@ -218,8 +237,9 @@ class ExtractJSON(_Text):
         "Convert to JSON with the keys {k}: {x}", "Turn this into JSON: {x} Keys: {k}", "JSON please ({k}): {x}",
         "From the text below extract {k} and answer in JSON.\n{x}", "Parse: {x}\nFields: {k}\nOutput JSON.",
         "Read this: {x} Now write {k} as a JSON object.", "Which {k}? {x} Answer with JSON.", "JSON ({k}) of: {x}",
-        "{k} as JSON, please. {x}", "Here is a note: {x}\nList {k} in JSON.", "{x}\n\n{k}: as JSON", "parse {k} out of {x}",
-        "提取 {k}，输出 JSON：{x}",
+        "{k} as JSON, please. {x}", "Extrais {k} en JSON : {x}", "Gib {k} als JSON aus: {x}", "以 JSON 输出 {k}：{x}",
+        "{x}\n用 JSON 写出 {k}。", "JSON con {k}: {x}", "Make a JSON object with {k} from {x}",
+        "Here is a note: {x}\nList {k} in JSON.", "{x}\n\n{k}: as JSON", "parse {k} out of {x}", "提取 {k}，输出 JSON：{x}",
     )  # fmt: skip
 
     def generate(

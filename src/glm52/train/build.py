@@ -202,7 +202,7 @@ def looked_up_pairs(tokens: int, seed: int) -> Iterator[tuple[list[int], list[bo
     """Keys with values, then the keys again in another order: many look-ups in every document, as text has few.
 
     Keys and values are one to three tokens from an alphabet that may be as small as ten, so that a key must be matched
-    as a whole. Supervised: the second time a value appears. Source of the task: Arora et al., Zoology (arXiv 2312.04927).
+    as a whole. Supervised: the second time a value appears. Source: Arora et al., Zoology (arXiv 2312.04927).
     """
     rng, total = random.Random(f"{seed}:pairs"), 0
     while total < tokens:

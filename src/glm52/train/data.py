@@ -17,16 +17,12 @@ from glm52.shards import Bucket, Shards
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows of T tokens, packed. targets_T: the next token; weight_T: its share of the loss (0 = none).
-
-    draft_weight_T: the same for the token after the next, which the MTP layer predicts.
-    """
+    """B windows of T tokens in all, packed. targets_AT[a]: the token a + 1 ahead; weight_AT: its share of the loss (0 =
+    none). The model predicts the first row, the MTP layer's steps the others."""
 
     tokens_T: Tensor
-    targets_T: Tensor
-    weight_T: Tensor
-    draft_targets_T: Tensor
-    draft_weight_T: Tensor
+    targets_AT: Tensor
+    weight_AT: Tensor
     spans: Spans
 
 
@@ -90,17 +86,24 @@ def windows(shards: Shards, mixture: Mapping[str, float], window: int, seed: int
 
 
 def materialize(
-    shards: Shards, batch: list[list[Piece]], window: int, pad_id: int, prompt_weight: float, stretch: int = 0
+    shards: Shards,
+    batch: list[list[Piece]],
+    window: int,
+    pad_id: int,
+    prompt_weight: float,
+    ahead: int = 2,
+    stretch: int = 0,
 ) -> Batch:
     """Tensors of a list of windows. prompt_weight: the weight of chat tokens that the assistant does not produce.
+    ahead: rows of targets.
 
     stretch: if set, half of the documents skip positions at two places, so that they seem up to this long: distances
     are learned that the window does not hold. Source: Zhu et al., PoSE (arXiv 2309.10400).
     """
     B = len(batch)
     tokens = np.full((B, window), pad_id, dtype=np.int64)
-    targets, weight = tokens.copy(), np.zeros((B, window), dtype=np.float32)
-    draft_targets, draft_weight = tokens.copy(), weight.copy()
+    targets = np.full((ahead, B, window), pad_id, dtype=np.int64)
+    weight = np.zeros((ahead, B, window), dtype=np.float32)
     lengths: list[int] = []
     skips: list[np.ndarray] = []
     for b, pieces in enumerate(batch):
@@ -112,11 +115,10 @@ def materialize(
             ids = bucket.tokens[piece.begin : stop].astype(np.int64)
             w = np.where(bucket.reply[piece.begin : stop] > 0, 1.0, prompt_weight if bucket.is_chat else 1.0)
             tokens[b, at : at + n] = ids[:n]
-            for ahead, out, out_weight in ((1, targets, weight), (2, draft_targets, draft_weight)):
-                count = max(0, len(ids) - ahead)
-                count = min(count, n)
-                out[b, at : at + count] = ids[ahead : ahead + count]
-                out_weight[b, at : at + count] = w[ahead : ahead + count]
+            for a in range(ahead):
+                count = min(max(0, len(ids) - a - 1), n)
+                targets[a, b, at : at + count] = ids[a + 1 : a + 1 + count]
+                weight[a, b, at : at + count] = w[a + 1 : a + 1 + count]
             lengths.append(n)
             skips.append(_skips(n, stretch, piece.begin))
             at += n
@@ -126,8 +128,8 @@ def materialize(
     spans = Spans.of_documents(lengths, window)
     if stretch:
         spans.positions_T.add_(torch.from_numpy(np.concatenate(skips)))
-    flat = [torch.from_numpy(x.reshape(-1)) for x in (tokens, targets, weight, draft_targets, draft_weight)]
-    return Batch(flat[0], flat[1], flat[2], flat[3], flat[4], spans)
+    by_row = [torch.from_numpy(x.reshape(ahead, -1)) for x in (targets, weight)]
+    return Batch(torch.from_numpy(tokens.reshape(-1)), by_row[0], by_row[1], spans)
 
 
 def _skips(length: int, stretch: int, seed: int) -> np.ndarray:
@@ -135,5 +137,6 @@ def _skips(length: int, stretch: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     if length >= stretch or rng.random() < 0.5:
         return np.zeros(length, dtype=np.int64)
-    places, steps = rng.integers(0, length, 2), rng.integers(0, (stretch - length) // 2 + 1, 2)
-    return ((np.arange(length)[:, None] >= places) * steps).sum(1)
+    places, steps = rng.integers(1, max(length, 2), 2), rng.integers(0, (stretch - length) // 2 + 1, 2)
+    skips: np.ndarray = ((np.arange(length)[:, None] >= places) * steps).sum(1)
+    return skips

@@ -41,7 +41,8 @@ class Stage:
     an optimizer step over all processes, and tokens of one forward. index_topk: rows a query selects in this stage (at
     least ``window`` means dense). distill_every: steps between indexer-distillation losses (0 = never).
     prompt_weight: loss weight of chat tokens that the assistant does not produce. stretch: length up to which documents
-    of a dense stage may be pulled apart by skipping positions (0 = none).
+    of a dense stage may be pulled apart by skipping positions (0 = none). draft_depth: steps of the MTP layer that are
+    trained, each on what the one before put out.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Stage:
     window: int = 512
     batch_tokens: int = 8192
     micro_tokens: int = 4096
-    trainable: Literal["all", "indexer"] = "all"
+    trainable: Literal["all", "indexer", "mtp"] = "all"
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     warmup_steps: int = 100
@@ -59,6 +60,7 @@ class Stage:
     prompt_weight: float = 0.3
     stretch: int = 0
     mtp_weight: float = 0.3
+    draft_depth: int = 1
     index_topk: int = 1 << 30
     distill_every: int = 0
     router_bias_lr: float = 1e-3
@@ -164,23 +166,22 @@ class Trainer:
                 stage.window,
                 self.recipe.config.pad_token_id,
                 stage.prompt_weight,
+                1 + stage.draft_depth,
                 stage.stretch,
             )
             for i in range(0, len(mine), per_micro)
         ]
-        weights = torch.stack(
-            [
-                sum((b.weight_T.sum() for b in micro), torch.zeros(())),
-                sum((b.draft_weight_T.sum() for b in micro), torch.zeros(())),
-            ]
-        )
+        weights = torch.stack([torch.stack((b.weight_AT[0].sum(), b.weight_AT[1:].sum())) for b in micro]).sum(0)
         parallel.sum_over_processes([weights])
         totals = torch.zeros(3)
         for batch in micro:
             share = batch.spans.num_tokens / stage.batch_tokens
             main, draft, index = self._losses(batch, distill)
             terms = torch.stack((main / weights[0].clamp(min=1), draft / weights[1].clamp(min=1), index * share))
-            loss = terms[2] if stage.trainable == "indexer" else terms[0] + stage.mtp_weight * terms[1] + terms[2]
+            if stage.trainable == "all":
+                loss = terms[0] + stage.mtp_weight * terms[1] + terms[2]
+            else:
+                loss = terms[1] if stage.trainable == "mtp" else terms[2]
             loss.backward()
             totals += terms.detach()
         parallel.sum_over_processes([totals])
@@ -196,16 +197,14 @@ class Trainer:
                 if distill
                 else (model(batch.tokens_T, batch.spans), zero)
             )
-            main, _ = ops.token_loss(h, head, batch.targets_T, batch.weight_T, softmax=self.softmax)
+            main, _ = ops.token_loss(h, head, batch.targets_AT[0], batch.weight_AT[0], softmax=self.softmax)
             if model.mtp is None or (not self.stage.mtp_weight and not distill):
                 return main, zero, index
-            z, mtp_index = (
-                model.draft_distill(h, batch.targets_T, batch.spans)
-                if distill
-                else (model.draft(h, batch.targets_T, batch.spans)[0], zero)
-            )
-            draft, _ = ops.token_loss(z, head, batch.draft_targets_T, batch.draft_weight_T, softmax=self.softmax)
-        return main, draft, index + mtp_index
+            steps, mtp_index = model.draft_steps(h, batch.targets_AT[:-1], batch.spans, distill)
+            draft = zero
+            for z, targets, weight in zip(steps, batch.targets_AT[1:], batch.weight_AT[1:], strict=True):
+                draft = draft + ops.token_loss(z, head, targets, weight, softmax=self.softmax)[0]
+        return main, draft, index + (zero if mtp_index is None else mtp_index)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.grad is not None]
@@ -230,8 +229,10 @@ class Trainer:
                 f"x {parallel.world_size()} processes"
             )
         self.model.index_topk = stage.index_topk
+        of_mtp = f"model.layers.{self.recipe.config.num_hidden_layers}."
         for name, p in self.model.named_parameters():
-            p.requires_grad_(stage.trainable == "all" or "indexer." in name)
+            is_trained = {"all": True, "indexer": "indexer." in name, "mtp": name.startswith(of_mtp)}
+            p.requires_grad_(is_trained[stage.trainable])
         stream = windows(self.shards, stage.mixture, stage.window, self.recipe.seed + 1000 * self.stage_index)
         per_step = stage.batch_tokens // stage.window
         self._windows: Iterator[list[Piece]] = itertools.islice(stream, self.step_in_stage * per_step, None)
