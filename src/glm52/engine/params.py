@@ -32,9 +32,9 @@ class Repetition:
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """temperature 0 is greedy. Penalties as in the OpenAI API; repetition_penalty as in transformers. logprobs: how
-    many alternatives to report with each token (None: not even its own); prompt_logprobs: the same for the prompt, which
-    is then computed whole. seed: None draws one. thinking_budget: reasoning tokens after which thinking is closed (None:
-    never). grammar: what must follow the reasoning. repetition: when a loop ends the reply (None: never)."""
+    many alternatives to report with each token (None: not even its own). prompt_logprobs: the same for the prompt,
+    which is then computed whole. seed: None draws one. thinking_budget: reasoning tokens after which thinking is closed
+    (None: never). grammar: what must follow the reasoning. repetition: when a loop ends the reply (None: never)."""
 
     max_tokens: int = 1 << 30
     temperature: float = 1.0

@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
+from glm52.grammar import Grammar
 from glm52.server import thinking
 from glm52.server.openai import tool_choice
 from glm52.server.request import (
@@ -25,7 +26,6 @@ from glm52.server.request import (
     Frame,
     Json,
     Sampling,
-    Structure,
     Usage,
     sampling,
     validated,
@@ -46,7 +46,7 @@ class _Tool(Body):
 
 
 class MessagesBody(Sampling, thinking.ThinkingFields):
-    """What a client may send; max_tokens may be missing. Metadata and cache_control are accepted and mean nothing here."""
+    """What a client may send; max_tokens may be missing. metadata and cache_control are accepted and mean nothing."""
 
     model: str | None = None
     messages: list[_Message]
@@ -66,8 +66,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     if not b.messages:
         raise RequestError("messages: expected at least one message, found none", param="messages")
     tools, skipped = _tools(b.tools or [])
-    choice = tool_choice({"type": "named", **b.tool_choice} if (b.tool_choice or {}).get("name") else
-                         (b.tool_choice or {}).get("type"), tools)  # fmt: skip
+    choice = tool_choice(b.tool_choice, tools)
     system = [{"role": "system", "content": text}] if (text := _text(b.system, "\n\n")) else []
     return ChatRequest(
         model=b.model or "",
@@ -76,7 +75,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
                         stop=tuple(b.stop_sequences or ())),
         thinking=thinking.read(b),
         show_reasoning=thinking.is_shown(b),
-        tools=None if choice.kind == "none" else tools,
+        tools=tools,
         tool_choice=choice,
         parallel_calls=not (b.tool_choice or {}).get("disable_parallel_tool_use"),
         structure=_structure(b),
@@ -99,13 +98,13 @@ def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, list[str]]:
     return kept or None, skipped
 
 
-def _structure(body: MessagesBody) -> Structure | None:
+def _structure(body: MessagesBody) -> Grammar | None:
     form = body.output_format or (body.output_config and body.output_config.format)
     if not form:
         return None
-    if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+    if form.get("type") != "json_schema":
         raise RequestError("output_format: expected type json_schema with a schema", param="output_format")
-    return Structure("json_schema", form["schema"])
+    return Grammar.structured("json_schema", form.get("schema"), param="output_format.schema")
 
 
 # ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +135,7 @@ def _messages(message: _Message, where: str) -> list[Json]:
 
 
 def _is_reminder(part: Json) -> bool:
-    return part["type"] == "text" and part["text"].lstrip().startswith("<system-reminder>")
+    return part["type"] == "text" and str(part["text"]).lstrip().startswith("<system-reminder>")
 
 
 def _parts(block: Json) -> list[Json]:

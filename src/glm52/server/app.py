@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,9 +19,7 @@ from glm52.server import anthropic, completions, openai, responses, tokens, zai
 from glm52.server.http import as_request_error, events, json_body, run_whole, sse
 from glm52.server.openapi import document
 from glm52.server.request import ChatRequest, ContextOverflow, Defaults, Json
-from glm52.server.service import Backend, Call, Options, Service
-
-__all__ = ["Backend", "Options", "Service", "create_app"]
+from glm52.server.service import Call, Service
 
 _LARGE_BODY = 1 << 16  # bytes from which a prompt is rendered off the event loop
 
@@ -104,7 +103,7 @@ async def _converse(request: Request, dialect: Dialect) -> Response:
 async def _call(request: Request, chat: ChatRequest, client: str, name: str) -> Call:
     service: Service = request.app.state.service
     explain = "cache" in request.headers.get("x-glm52-explain", "")
-    begin = lambda: service.call(chat, client, name, explain=explain, deadline_s=_deadline(request))  # noqa: E731
+    begin = partial(service.call, chat, client, name, explain=explain, deadline_s=_deadline(request))
     is_large = int(request.headers.get("content-length") or _LARGE_BODY) >= _LARGE_BODY
     return await asyncio.to_thread(begin) if is_large else begin()
 
@@ -121,9 +120,11 @@ def _deadline(request: Request) -> float | None:
 
 
 def _headers(chat: ChatRequest, call: Call) -> dict[str, str]:
-    """What was accepted without effect, and what was done to the prompt."""
-    said = {"x-glm52-ignored": ", ".join(chat.ignored), "x-glm52-prompt": ", ".join(call.notes),
-            "cache-control": "no-cache" if chat.stream else ""}  # fmt: skip
+    """What was accepted without effect, what was done to the prompt, and what of the schemas is not held."""
+    said = {
+        "x-glm52-ignored": ", ".join(chat.ignored), "x-glm52-prompt": ", ".join(call.notes),
+        "x-glm52-unheld": ", ".join(call.unheld), "cache-control": "no-cache" if chat.stream else "",
+    }  # fmt: skip
     return {k: v.encode("ascii", "replace").decode()[:1024] for k, v in said.items() if v}
 
 

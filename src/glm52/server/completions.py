@@ -13,76 +13,50 @@ from typing import Any
 from glm52.chat import Delta, Thinking
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
-from glm52.server.openai import error_payload, usage_payload
-from glm52.server.request import (
-    Answer,
-    Body,
-    ChatRequest,
-    Defaults,
-    Frame,
-    Json,
-    Sampling,
-    Usage,
-    sampling,
-    stop_strings,
-    validated,
+from glm52.server.openai import (
+    SharedBody,
+    error_payload,
+    guided_structure,
+    num_answers,
+    token_bias,
+    usage_payload,
+    wants_usage,
 )
+from glm52.server.request import Answer, ChatRequest, Defaults, Frame, Json, Usage, sampling, stop_strings, validated
 from glm52.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
 
 
-class _StreamOptions(Body):
-    include_usage: bool | None = None
-
-
-class TextBody(Sampling):
-    model: str | None = None
+class TextBody(SharedBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = None
-    n: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
 
 
 def read(body: Any, defaults: Defaults) -> ChatRequest:
     text = validated(TextBody, body)
-    prompts = _prompts(text.prompt)
-    n = 1 if text.n is None else text.n
-    if not 1 <= n <= 8:
-        raise RequestError(f"n: expected 1 to 8, found {n}", param="n")
     limit = 16 if text.max_tokens is None else text.max_tokens
     if limit == 0 and not text.echo:
         raise RequestError("max_tokens: expected at least 1 without echo, found 0", param="max_tokens")
-    try:
-        bias = {int(k): v for k, v in (text.logit_bias or {}).items()}
-    except ValueError as error:
-        raise RequestError("logit_bias: expected token ids as keys", param="logit_bias") from error
+    scores_only = text.echo and limit <= 1  # one token is computed that nobody reads, so any will do
     params = sampling(
-        text, defaults, max_tokens=max(1, limit) if limit >= 0 else limit, stop=stop_strings(text.stop),
-        logit_bias=bias, logprobs=text.logprobs, ignore_eos=text.ignore_eos or (True if text.echo and limit <= 1 else None),
+        text, defaults, max_tokens=1 if limit == 0 else limit, stop=stop_strings(text.stop),
+        logit_bias=token_bias(text), logprobs=text.logprobs, ignore_eos=text.ignore_eos or scores_only or None,
         prompt_logprobs=text.logprobs if text.echo else None,
     )  # fmt: skip
     return ChatRequest(
-        model=text.model or "", params=params, prompts=prompts, thinking=Thinking(enabled=False), n=n,
-        echo=bool(text.echo), stream=bool(text.stream), raw={"only_echo": limit == 0},
-        include_usage=bool(text.stream_options and text.stream_options.include_usage),
-        ignored=tuple(sorted(text.model_extra or ())),
+        model=text.model or "", params=params, prompts=_prompts(text.prompt), structure=guided_structure(text),
+        thinking=Thinking(enabled=False), n=num_answers(text), echo=bool(text.echo), stream=bool(text.stream),
+        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())), raw={"only_echo": limit == 0},
     )  # fmt: skip
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> tuple[str | list[int], ...]:
-    if isinstance(given, str):
-        prompts: tuple[str | list[int], ...] = (given,)
-    elif given and isinstance(given[0], int):
-        prompts = (given,)  # type: ignore[assignment]
-    else:
-        prompts = tuple(given)  # type: ignore[arg-type]
+    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+    prompts: tuple[Any, ...] = (given,) if is_one else tuple(given)
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, found {len(prompts)}", param="prompt")
     return prompts

@@ -13,8 +13,8 @@ from glm52.errors import CapacityError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """max_running: replies computed at once; max_waiting: replies that may wait for that. deadline_s: the longest a request
-    may take. drain_s: how long running requests have to end once the server is told to stop."""
+    """max_running: replies computed at once; max_waiting: replies that may wait for that. deadline_s: the longest a
+    request may take. drain_s: how long running requests have to end once the server is told to stop."""
 
     max_body_bytes: int = 32 << 20
     body_s: float = 60.0

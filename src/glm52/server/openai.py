@@ -12,6 +12,7 @@ from typing import Any, Literal
 from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
+from glm52.grammar import Grammar
 from glm52.server import thinking
 from glm52.server.request import (
     Answer,
@@ -21,7 +22,6 @@ from glm52.server.request import (
     Frame,
     Json,
     Sampling,
-    Structure,
     ToolChoice,
     Usage,
     sampling,
@@ -29,6 +29,30 @@ from glm52.server.request import (
     validated,
 )
 from glm52.tokenizer import Tokenizer
+
+MAX_ANSWERS = 8
+_Kind = Literal["json_schema", "regex", "grammar", "choice"]
+
+
+class _StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class SharedBody(Sampling):
+    """What chat and text completions have in common. guided_*: the form of an answer as vLLM's clients ask for it, one
+    by one or all in structured_outputs."""
+
+    model: str | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    guided_json: Json | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: Json | None = None
 
 
 class _Part(Body):
@@ -63,34 +87,23 @@ class _Tool(Body):
     function: _Definition | None = None
 
 
-class _StreamOptions(Body):
-    include_usage: bool | None = None
-
-
 class _Format(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Json | None = None
 
 
-class ChatBody(Sampling, thinking.ThinkingFields):
+class ChatBody(SharedBody, thinking.ThinkingFields):
     """What a client may send. Every field but messages may be missing or null."""
 
-    model: str | None = None
     messages: list[_Message]
     tools: list[_Tool] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
     response_format: _Format | None = None
-    structured_outputs: Json | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    n: int | None = None
 
 
 def read(body: Any, defaults: Defaults) -> ChatRequest:
@@ -101,9 +114,6 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
 def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
     if not chat.messages:
         raise RequestError("messages: expected at least one message, found none", param="messages")
-    n = 1 if chat.n is None else chat.n
-    if not 1 <= n <= 8:
-        raise RequestError(f"n: expected 1 to 8, found {n}", param="n")
     limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
     tools, skipped = _tools(chat)
     choice = tool_choice(chat.tool_choice, tools)
@@ -112,17 +122,17 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
         messages=[_message(m) for m in chat.messages],
         params=sampling(
             chat, defaults, coding=chat.mode == "coding", max_tokens=limit, stop=stop_strings(chat.stop),
-            logit_bias=_bias(chat.logit_bias), logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+            logit_bias=token_bias(chat), logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         ),
         thinking=thinking.read(chat),
         show_reasoning=thinking.is_shown(chat),
-        tools=None if choice.kind == "none" else tools,
+        tools=tools,
         tool_choice=choice,
         parallel_calls=chat.parallel_tool_calls is not False,
         structure=_structure(chat),
         stream=bool(chat.stream),
-        include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
-        n=n,
+        include_usage=wants_usage(chat),
+        n=num_answers(chat),
         ignored=(*sorted(chat.model_extra or ()), *skipped),
     )  # fmt: skip
 
@@ -171,27 +181,43 @@ def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolC
     )
 
 
-def _structure(chat: ChatBody) -> Structure | None:
-    """response_format, or structured_outputs as vLLM has it: one of json, regex, grammar and choice."""
-    extra = {k: v for k, v in (chat.structured_outputs or {}).items() if v is not None}
-    for name, kind in (("json", "json_schema"), ("regex", "regex"), ("grammar", "grammar"), ("choice", "choice")):
-        if name in extra:
-            return Structure(kind, extra[name])  # type: ignore[arg-type]
+def _structure(chat: ChatBody) -> Grammar | None:
+    """response_format, or what vLLM's clients send."""
     form = chat.response_format
     if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return Structure("json_object")
-    schema = (form.json_schema or {}).get("schema")
-    if not isinstance(schema, dict):
-        where = "response_format.json_schema.schema"
-        raise RequestError(f"{where}: expected a JSON schema, found {json.dumps(schema)}", param=where)
-    return Structure("json_schema", schema)
+        return guided_structure(chat)
+    given = form.json_schema or {}
+    return Grammar.structured(
+        form.type, given.get("schema"), strict=bool(given.get("strict")), param="response_format.json_schema.schema"
+    )
 
 
-def _bias(bias: dict[str, float] | None) -> dict[int, float]:
+def guided_structure(body: SharedBody) -> Grammar | None:
+    kinds: dict[str, _Kind] = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+    for name, kind in kinds.items():
+        for param, value in (
+            (f"guided_{name}", getattr(body, f"guided_{name}")),
+            (f"structured_outputs.{name}", (body.structured_outputs or {}).get(name)),
+        ):
+            if value is not None:
+                return Grammar.structured(kind, value, strict=False, param=param)
+    return None
+
+
+def num_answers(body: SharedBody) -> int:
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= MAX_ANSWERS:
+        raise RequestError(f"n: expected 1 to {MAX_ANSWERS}, found {n}", param="n")
+    return n
+
+
+def wants_usage(body: SharedBody) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def token_bias(body: SharedBody) -> dict[int, float]:
     try:
-        return {int(k): v for k, v in (bias or {}).items()}
+        return {int(k): v for k, v in (body.logit_bias or {}).items()}
     except ValueError as error:
         raise RequestError("logit_bias: expected token ids as keys", param="logit_bias") from error
 

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from glm52.chat import Delta, ReasoningDelta, Reply, ReplyParser, Thinking, ToolCallStart, collect
-from glm52.engine import Event, SamplingParams, TokenLogprob
+from glm52.engine import Event, Repetition, SamplingParams, TokenLogprob
 from glm52.errors import RequestError
+from glm52.grammar import Grammar
 
 Json = dict[str, Any]
 Defaults = Mapping[str, Any]  # generation_config.json
@@ -43,11 +44,10 @@ def _where(location: Sequence[int | str], body: Any, is_missing: bool) -> str:
     """The path of a field in the body, without the names pydantic gives to the branches of a union."""
     path, node = [], body
     for part in location:
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            node = node[part]
-        else:
-            continue
-        path.append(str(part))
+        inside = node if isinstance(node, dict) else dict(enumerate(node)) if isinstance(node, list) else {}
+        if part in inside:
+            node = inside[part]
+            path.append(str(part))
     if is_missing:
         path.append(str(location[-1]))
     return ".".join(path)
@@ -79,14 +79,6 @@ def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What form the answer must have. value: a JSON schema, a regular expression, a grammar, or a list of strings."""
-
-    kind: Literal["json_schema", "json_object", "regex", "grammar", "choice"]
-    value: Any = None
-
-
-@dataclass(frozen=True)
 class ToolChoice:
     """Whether tools are called: as the model sees fit, never, at least one, or the one that is named."""
 
@@ -98,9 +90,9 @@ class ToolChoice:
 class ChatRequest:
     """A conversation to continue, or ``prompts`` (texts or token ids) to continue as they stand.
 
-    ignored: fields of the body that were accepted and have no meaning here. n: answers for each prompt. request_id:
-    the client's own. show_reasoning: whether it wants to see it. whole_calls: calls are streamed complete. raw: what the
-    dialect wants to remember of the body for its answer."""
+    structure: the form the answer must have. ignored: fields of the body that were accepted and have no meaning here.
+    n: answers for each prompt. request_id: the client's own. show_reasoning: whether it wants to see it. whole_calls:
+    calls are streamed complete. raw: what the dialect wants to remember of the body for its answer."""
 
     model: str
     params: SamplingParams
@@ -110,7 +102,7 @@ class ChatRequest:
     tools: list[Json] | None = None
     tool_choice: ToolChoice = ToolChoice()
     parallel_calls: bool = True
-    structure: Structure | None = None
+    structure: Grammar | None = None
     stream: bool = False
     include_usage: bool = False
     show_reasoning: bool = True
@@ -135,6 +127,20 @@ class Usage:
     divergence: Json | None = None
 
 
+def guided(request: ChatRequest) -> SamplingParams:
+    """Its sampling with what the reply must keep to: the form, and in a conversation also the budget of thinking, the
+    tools, and no loops. RequestError if the form cannot be held."""
+    grammar, choice = request.structure, request.tool_choice
+    if request.prompts is not None:
+        return replace(request.params, grammar=grammar)
+    if request.tools and not (grammar and choice.kind == "none"):
+        grammar = Grammar.tool_calls(
+            request.tools, choice.kind, name=choice.name, parallel=request.parallel_calls, answer=grammar
+        )
+    budget = request.thinking.budget if request.thinking.enabled else None
+    return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=Repetition())
+
+
 class ContextOverflow(RequestError):
     """A prompt longer than the model can hold; every dialect has its own words for it."""
 
@@ -152,18 +158,15 @@ class Answer:
 
     reason: why it ended, in the engine's words, and ``context`` where the model's longest context was the limit."""
 
-    def __init__(
-        self, request: ChatRequest, prompt: Sequence[int], index: int, *, end_think: int | None, context_length: int
-    ) -> None:
+    def __init__(self, request: ChatRequest, prompt: Sequence[int], index: int, *, context_length: int) -> None:
         self.request, self.prompt, self.index = request, prompt, index
         self._thinks = request.prompts is None and request.thinking.enabled
-        self._parser = ReplyParser(request.tools, thinking=self._thinks) if request.prompts is None else None
-        self._end_think, self._context_length = end_think, context_length
-        self._inside = self._thinks
+        callable_tools = None if request.tool_choice.kind == "none" else request.tools
+        self._parser = ReplyParser(callable_tools, thinking=self._thinks) if request.prompts is None else None
+        self._context_length = context_length
         self.deltas: list[Delta] = []
         self.text, self.reasoning = "", ""
         self.logprobs: list[TokenLogprob] = []
-        self.content_logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
         self.completion_tokens = self.reasoning_tokens = self.cached_tokens = 0
         self.thinking_closed: Literal["soft", "hard"] | None = None
@@ -172,23 +175,16 @@ class Answer:
 
     def take(self, event: Event) -> list[Delta]:
         """What an event brings, without the reasoning where the client wants none."""
-        for i, token in enumerate(event.token_ids):
-            self.completion_tokens += 1
-            outside = not self._inside
-            self._inside = self._inside and token != self._end_think
-            self.reasoning_tokens += self._inside
-            if outside:
-                self.content_logprobs += event.logprobs[i : i + 1]
         seq = event.seq
-        self.cached_tokens = seq.num_cached_tokens
-        self.thinking_closed = getattr(seq, "thinking_closed", None)
+        self.completion_tokens += len(event.token_ids)
+        self.cached_tokens, self.reasoning_tokens = seq.num_cached_tokens, seq.num_reasoning
+        self.thinking_closed = seq.thinking_closed
         self.logprobs += event.logprobs
         self.text += event.text
         new = self._parser.feed(event.text) if self._parser else []
         if event.finish_reason is not None:
             self.reason = event.finish_reason
-            self.stop_string = getattr(seq, "stop_string", None)
-            self.prompt_logprobs = getattr(seq, "prompt_logprobs", ())
+            self.stop_string, self.prompt_logprobs = seq.stop_string, seq.prompt_logprobs
             if self.reason == "length" and len(self.prompt) + self.completion_tokens >= self._context_length:
                 self.reason = "context"
             new += self._parser.close() if self._parser else []
@@ -201,6 +197,11 @@ class Answer:
     @property
     def reply(self) -> Reply:
         return collect(self.deltas, thinking=self._thinks and self.request.show_reasoning)
+
+    @property
+    def content_logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens after the reasoning and its end."""
+        return self.logprobs[self.reasoning_tokens + 1 :] if self._thinks else self.logprobs
 
     @property
     def has_calls(self) -> bool:
@@ -219,10 +220,6 @@ def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage
         thinking_closed="hard" if "hard" in closed else "soft" if "soft" in closed else None,
         divergence=divergence,
     )
-
-
-def with_params(request: ChatRequest, **changes: Any) -> SamplingParams:
-    return replace(request.params, **changes)
 
 
 # ── What a dialect is ────────────────────────────────────────────────────────────────────────────────────────────

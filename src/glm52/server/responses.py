@@ -1,4 +1,4 @@
-"""The OpenAI responses dialect: a body to a ``ChatRequest``, answers to typed events, whose last holds the response. Pure.
+"""The OpenAI responses dialect: a body to a ``ChatRequest``, answers to typed events, the last with the whole. Pure.
 
 Nothing is stored: a client sends its whole conversation. Reasoning goes out as text or, where the client asks for a
 summary, as that; where it asks for it encrypted, also as an opaque string that it can send back.
@@ -14,8 +14,9 @@ from typing import Any
 from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
+from glm52.grammar import Grammar
 from glm52.server import thinking
-from glm52.server.openai import error_payload, logprobs_payload, tool_choice
+from glm52.server.openai import logprobs_payload, tool_choice
 from glm52.server.request import (
     Answer,
     Body,
@@ -25,7 +26,6 @@ from glm52.server.request import (
     Frame,
     Json,
     Sampling,
-    Structure,
     Usage,
     sampling,
     validated,
@@ -90,7 +90,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
                         logprobs=(b.top_logprobs or 0) if wanted else None),
         thinking=thinking.read(b),
         show_reasoning=thinking.is_shown(b),
-        tools=None if choice.kind == "none" else tools,
+        tools=tools,
         tool_choice=choice,
         parallel_calls=b.parallel_tool_calls is not False,
         structure=_structure(b),
@@ -115,15 +115,15 @@ def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, list[str]]:
     return kept or None, skipped
 
 
-def _structure(body: ResponsesBody) -> Structure | None:
+def _structure(body: ResponsesBody) -> Grammar | None:
     form = (body.text and body.text.format) or {"type": "text"}
     if form.get("type") == "text":
         return None
-    if form.get("type") == "json_object":
-        return Structure("json_object")
-    if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+    if form.get("type") not in ("json_object", "json_schema"):
         raise RequestError("text.format: expected text, json_object, or json_schema with a schema", param="text.format")
-    return Structure("json_schema", form["schema"])
+    return Grammar.structured(
+        form["type"], form.get("schema"), strict=bool(form.get("strict")), param="text.format.schema"
+    )
 
 
 # ── Input items ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -400,6 +400,3 @@ def usage_payload(usage: Usage) -> Json:
         "output_tokens": usage.completion_tokens, "output_tokens_details": reasoning,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }  # fmt: skip
-
-
-__all__ = ["ResponsesBody", "Writer", "error_payload", "read", "usage_payload"]

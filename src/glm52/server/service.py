@@ -20,7 +20,7 @@ from glm52.server.limits import Gate, Keys, Limits
 from glm52.server.metrics import Metrics
 from glm52.server.prefixes import PromptLog
 from glm52.server.recall import Recall
-from glm52.server.request import Answer, ChatRequest, ContextOverflow, Json, Usage, usage_of
+from glm52.server.request import Answer, ChatRequest, ContextOverflow, Json, Usage, guided, usage_of
 from glm52.server.stable import neutralised
 from glm52.tokenizer import Tokenizer
 
@@ -122,9 +122,9 @@ class Call:
         self.divergence = service.prompts.explain(client, prompts[0]) if explain else None
         if self.request.prompts is None:
             service.prompts.add(client, prompts[0])
-        end_think = service.tokenizer.id("</think>")
+        self._params = guided(self.request)
         self.answers = [
-            Answer(self.request, prompt, i, end_think=end_think, context_length=service.context_length)
+            Answer(self.request, prompt, i, context_length=service.context_length)
             for i, prompt in enumerate(p for p in prompts for _ in range(self.request.n))
         ]
         bounds = [d for d in (deadline_s, service.options.limits.deadline_s) if d is not None]
@@ -151,7 +151,7 @@ class Call:
         async with self.service.gate.slot(self.client):
             metrics.queue_s.observe(time.monotonic() - self.began)
             first_s = None
-            backend = self.service.backend.generate(answer.prompt, self._params(answer.index % self.request.n))
+            backend = self.service.backend.generate(answer.prompt, self._params_of(answer))
             async with contextlib.aclosing(backend) as events:  # type: ignore[type-var]
                 async for event in events:
                     if event.error is not None:
@@ -167,12 +167,19 @@ class Call:
         if self.request.prompts is None:
             self.service.recall.keep(self.client, self.request.messages, answer.reply, answer.reasoning)
 
-    def _params(self, index: int) -> SamplingParams:
+    @property
+    def unheld(self) -> Sequence[str]:
+        """What the schemas of the request say and the reply is not held to."""
+        return self._params.grammar.warnings if self._params.grammar else ()
+
+    def _params_of(self, answer: Answer) -> SamplingParams:
         """Each answer to one prompt is drawn with a seed of its own."""
-        params = self.request.params
-        if index and params.seed is not None:
-            params = dataclasses.replace(params, seed=params.seed + index)
-        return params
+        seed = self._params.seed
+        return (
+            self._params
+            if seed is None
+            else dataclasses.replace(self._params, seed=seed + answer.index % self.request.n)
+        )
 
     def finish(self, status: int) -> None:
         """Account for the request, once, however it ended."""

@@ -3,8 +3,8 @@
 What is done to a message depends on that message alone: where a client sends it back unchanged, it stays the same.
 
     billing   the ``x-anthropic-billing-header`` line of a system message is left out; it holds a hash per request
-    clock     in system messages and ``<environment_details>``, a line that says what time it is keeps its date and loses
-              the time of day
+    clock     in system messages and ``<environment_details>``, a line that says what time it is keeps its date and
+              loses the time of day
     meter     in ``<environment_details>``, the amounts of cost and of context used so far are left out
 """
 
@@ -17,9 +17,9 @@ _BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
 _DETAILS = re.compile(r"<environment_details>.*?</environment_details>", re.DOTALL)
 _NAMED = re.compile(r"(current|today|local|system|now|time|date)[^\n]{0,40}$", re.IGNORECASE)
 _DATE = r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|[A-Z][a-z]{2} [A-Z][a-z]{2} \d{1,2} \d{4}"
-_MOMENT = re.compile(
-    rf"(?P<date>{_DATE})(?:[T,]? ?\d{{1,2}}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?(?: ?Z| ?(?:UTC|GMT)?[+-]\d\d:?\d\d)?)"
-)
+_CLOCK = r"\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?"
+_ZONE = r"(?: ?Z| ?(?:UTC|GMT)?[+-]\d\d:?\d\d)?"
+_MOMENT = re.compile(rf"(?P<date>{_DATE})(?:[T,]? ?{_CLOCK}{_ZONE})")
 _METER = re.compile(
     r"^(#+ *(?:Current Cost|Context Window Usage|Current Context Size \(Tokens\))[^\n]*)\n[^\n]*", re.MULTILINE
 )
