@@ -27,7 +27,7 @@ WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "paramet
 
 
 class Script:
-    """A backend that says ``text``, ``stride`` tokens an event, and pauses before each."""
+    """A backend that says ``text``, ``stride`` tokens an event, and pauses before each. error: how it ends instead."""
 
     def __init__(self, text: str = "ok", delay_s: float = 0.0, stride: int = 1) -> None:
         self.text, self.delay_s, self.stride = text, delay_s, stride
@@ -48,7 +48,7 @@ class Script:
         try:
             while seq.finish_reason is None:
                 await asyncio.sleep(self.delay_s)
-                if self.error:
+                if self.error and len(ids) == 1:
                     yield Event(seq=seq, finish_reason="error", error=self.error)
                     return
                 chunk, ids = ids[: self.stride], ids[self.stride :]
