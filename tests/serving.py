@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -108,3 +110,130 @@ def sse(body: str) -> list[tuple[str | None, str]]:
         name = next((x[7:] for x in lines if x.startswith("event: ")), None)
         out += [(name, x[6:]) for x in lines if x.startswith("data: ")]
     return out
+
+
+# ── What a dialect said, in one form for all ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Said:
+    """calls: names and the JSON text of their arguments."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[list[str]] = field(default_factory=list)
+    finish: str | None = None
+    usage: Any = None
+
+
+PATHS = {"chat": "/v1/chat/completions", "zai": "/api/paas/v4/chat/completions", "responses": "/v1/responses",
+         "messages": "/v1/messages"}  # fmt: skip
+
+
+def whole(dialect: str, body: Any) -> Said:
+    """A body that was not streamed."""
+    if dialect in ("chat", "zai"):
+        choice = body["choices"][0]
+        message = choice["message"]
+        calls = [[c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())]
+        return Said(message.get("reasoning_content", ""), message["content"] or "", calls, choice["finish_reason"],
+                    body["usage"])  # fmt: skip
+    said = Said(usage=body["usage"])
+    if dialect == "responses":
+        said.finish = body["status"]
+        for item in body["output"]:
+            if item["type"] == "function_call":
+                said.calls.append([item["name"], item["arguments"]])
+            else:
+                kind = "reasoning" if item["type"] == "reasoning" else "content"
+                setattr(said, kind, getattr(said, kind) + "".join(p["text"] for p in item["content"]))
+        return said
+    said.finish = body["stop_reason"]
+    for block in body["content"]:
+        if block["type"] == "tool_use":
+            said.calls.append([block["name"], json.dumps(block["input"], ensure_ascii=False)])
+        said.reasoning += block.get("thinking", "")
+        said.content += block.get("text", "")
+    return said
+
+
+def streamed(dialect: str, frames: list[tuple[str | None, str]]) -> Said:
+    """What the increments of a stream amount to, as a client puts them together."""
+    said = Said()
+    if dialect in ("chat", "zai"):
+        assert frames[-1] == (None, "[DONE]")
+        frames = frames[:-1]
+    for name, data in frames:
+        event = json.loads(data)
+        {"chat": _chunk, "zai": _chunk, "responses": _typed, "messages": _block}[dialect](said, name, event)
+    return said
+
+
+def _chunk(said: Said, name: str | None, event: Any) -> None:
+    assert name is None
+    said.usage = event.get("usage", said.usage)
+    for choice in event["choices"]:
+        delta = choice["delta"]
+        said.reasoning += delta.get("reasoning_content", "")
+        said.content += delta.get("content", "")
+        for call in delta.get("tool_calls", ()):
+            if call["index"] == len(said.calls):
+                said.calls.append([call["function"]["name"], ""])
+            said.calls[call["index"]][1] += call["function"]["arguments"]
+        assert said.finish is None, "nothing follows the reason"
+        said.finish = choice["finish_reason"]
+
+
+def _typed(said: Said, name: str | None, event: Any) -> None:
+    assert name == event["type"]
+    match name:
+        case "response.reasoning_text.delta":
+            said.reasoning += event["delta"]
+        case "response.output_text.delta":
+            said.content += event["delta"]
+        case "response.output_item.added" if event["item"]["type"] == "function_call":
+            said.calls.append([event["item"]["name"], ""])
+        case "response.function_call_arguments.delta":
+            said.calls[-1][1] += event["delta"]
+        case "response.completed" | "response.incomplete":
+            said.usage, said.finish = event["response"]["usage"], event["response"]["status"]
+            assert whole("responses", event["response"]) == said
+
+
+def _block(said: Said, name: str | None, event: Any) -> None:
+    assert name == event["type"]
+    if name == "content_block_start" and event["content_block"]["type"] == "tool_use":
+        said.calls.append([event["content_block"]["name"], ""])
+    elif name == "content_block_delta":
+        delta = event["delta"]
+        said.reasoning += delta.get("thinking", "")
+        said.content += delta.get("text", "")
+        if "partial_json" in delta:
+            said.calls[-1][1] += delta["partial_json"]
+    elif name == "message_delta":
+        said.finish, said.usage = event["delta"]["stop_reason"], event["usage"]
+
+
+def ask(
+    client: httpx.Client, dialect: str, question: str, *, max_tokens: int, stream: bool = False, **fields: Any
+) -> Said:
+    """One question in any dialect."""
+    body = {"stream": stream, **fields}
+    if dialect == "responses":
+        body |= {"input": question, "max_output_tokens": max_tokens}
+    else:
+        body |= {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+    if dialect == "chat":
+        body["stream_options"] = {"include_usage": True}
+    reply = client.post(PATHS[dialect], json=body)
+    assert reply.status_code == 200, reply.text
+    return streamed(dialect, sse(reply.text)) if stream else whole(dialect, reply.json())
+
+
+def schema_fields(dialect: str, schema: Any) -> dict[str, Any]:
+    """How a dialect asks for JSON by a schema."""
+    if dialect == "responses":
+        return {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}
+    if dialect == "messages":
+        return {"output_format": {"type": "json_schema", "schema": schema}}
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}

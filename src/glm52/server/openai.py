@@ -252,13 +252,13 @@ class Writer:
         cut = [key for key in self._held if key[0] == answer.index]
         frames = [self._chunk(answer.index, self._held.pop(key)) for key in cut]
         if not self.usage_in_last_chunk:
-            frames.append(self._chunk(answer.index, {}, self.finish_reason(answer)))
+            frames.append(self._chunk(answer.index, {}, self._ending(answer)))
         return frames
 
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
         frames: list[Frame] = []
         if self.usage_in_last_chunk:
-            frames += [self._chunk(a.index, {}, self.finish_reason(a), usage=usage) for a in answers]
+            frames += [self._chunk(a.index, {}, self._ending(a), usage=usage) for a in answers]
         elif self.request.include_usage:
             frames.append((None, self._envelope("chat.completion.chunk") | {"choices": [], **_usage(usage)}))
         return [*frames, (None, "[DONE]")]
@@ -275,6 +275,11 @@ class Writer:
             return "length"
         return "tool_calls" if answer.has_calls and answer.reason == "stop" else answer.reason
 
+    def _ending(self, answer: Answer) -> Json:
+        """Why an answer ended and, where the budget did that, how its thinking ended."""
+        closed = {"thinking_closed": answer.thinking_closed} if answer.thinking_closed else {}
+        return {"finish_reason": self.finish_reason(answer), **closed}
+
     def _choice(self, answer: Answer) -> Json:
         reply = answer.reply
         message: Json = {"role": "assistant", "content": reply.content or (None if reply.tool_calls else "")}
@@ -287,9 +292,7 @@ class Writer:
             ]
         wanted = self.request.params.logprobs is not None
         said = logprobs_payload(self._tokenizer, answer.logprobs) if wanted else None
-        return {
-            "index": answer.index, "message": message, "finish_reason": self.finish_reason(answer), "logprobs": said
-        }  # fmt: skip
+        return {"index": answer.index, "message": message, **self._ending(answer), "logprobs": said}
 
     def _payloads(self, choice: int, delta: Delta) -> list[Json]:
         """``delta`` objects. The name of a call comes once and whole, its arguments as growing JSON text, or the call
@@ -316,10 +319,10 @@ class Writer:
                 return []
 
     def _chunk(
-        self, index: int, delta: Json, finish: str | None = None, logprobs: Json | None = None,
+        self, index: int, delta: Json, ending: Json | None = None, logprobs: Json | None = None,
         usage: Usage | None = None,
     ) -> Frame:  # fmt: skip
-        choice: Json = {"index": index, "delta": delta, "finish_reason": finish}
+        choice: Json = {"index": index, "delta": delta, "finish_reason": None} | (ending or {})
         if logprobs is not None:
             choice["logprobs"] = logprobs
         return None, self._envelope("chat.completion.chunk") | {"choices": [choice]} | (_usage(usage) if usage else {})

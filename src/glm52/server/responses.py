@@ -33,6 +33,8 @@ from glm52.server.request import (
 from glm52.tokenizer import Tokenizer
 
 _OPAQUE = "glm52:"
+# Ends of a reply that is not whole, and what the dialect calls them.
+_CUT = {"length": "max_output_tokens", "context": "max_output_tokens", "repetition": "repetition"}
 
 
 class _Tool(Body):
@@ -246,18 +248,18 @@ class Writer:
     def end(self, answer: Answer) -> list[Frame]:
         if self._open == "message" and self.request.params.logprobs is not None:
             self._part["logprobs"] = logprobs_payload(self._tokenizer, answer.content_logprobs)["content"]
-        frames = self._close_item(is_cut=answer.reason in ("length", "context"))
+        frames = self._close_item(is_cut=answer.reason in _CUT)
         if not self.response["output"]:
             frames += [*self._open_message(), *self._close_item()]
         self._reason = answer.reason
         return frames
 
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
-        is_cut = self._reason in ("length", "context")
-        self.response |= {"status": "incomplete" if is_cut else "completed", "usage": usage_payload(usage)}
-        if is_cut:
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        return [self._response("response.incomplete" if is_cut else "response.completed")]
+        cut = _CUT.get(self._reason)
+        self.response |= {"status": "incomplete" if cut else "completed", "usage": usage_payload(usage)}
+        if cut:
+            self.response["incomplete_details"] = {"reason": cut}
+        return [self._response("response.incomplete" if cut else "response.completed")]
 
     def fail(self, error: RequestError) -> list[Frame]:
         code = error.code or ("rate_limit_exceeded" if error.status == 429 else "server_error")
