@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glm52.chat import Delta, ReasoningDelta, Reply, ReplyParser, Thinking, ToolCallStart, collect
+from glm52.chat import Delta, ReasoningDelta, Reply, ReplyParser, Thinking, ToolCallEnd, ToolCallStart, collect
 from glm52.engine import Event, Repetition, SamplingParams, TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
@@ -205,7 +205,9 @@ class Answer:
 
     @property
     def has_calls(self) -> bool:
-        return any(isinstance(d, ToolCallStart) for d in self.deltas)
+        """Whether tools are called, and every call is whole."""
+        begun = sum(isinstance(d, ToolCallStart) for d in self.deltas)
+        return begun > 0 and begun == sum(isinstance(d, ToolCallEnd) for d in self.deltas)
 
 
 def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage:
