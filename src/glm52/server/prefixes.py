@@ -92,7 +92,7 @@ def _section(before: str) -> str:
     """Which part of the prompt its text so far ends in."""
     at, role = max((before.rfind(r), r) for r in _ROLES)
     inside = before[at + len(role) :]
-    if at < 0 or (role == "<|system|>" and inside.startswith("Reasoning Effort: ") and len(inside) <= 22):
+    if at < 0 or (role == "<|system|>" and inside.startswith("Reasoning Effort:") and len(inside) <= 22):
         return "effort"
     if role == "<|system|>":
         return "tools" if inside.startswith("\n# Tools") else "system"
