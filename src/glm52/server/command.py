@@ -1,6 +1,7 @@
 """``glm52 serve``: load a model, bind the port, serve until told to stop."""
 
 import argparse
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -71,15 +72,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Told to stop, it lets what runs end, for as long as the limits allow."""
+    """Told to stop, it lets what runs end, for as long as the limits allow; a second Ctrl-C is heard at once."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(uvicorn.Config(create_app(service), log_level="warning", access_log=False))
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
         self._service.drain()
-        super().handle_exit(sig, frame)
 
 
 def _read_keys(given: Sequence[str]) -> list[str]:

@@ -25,17 +25,21 @@ _Item = tuple[Answer, list[Delta], list[TokenLogprob]] | Answer | Exception
 
 
 async def json_body(request: Request, limits: Limits) -> Any:
-    """The decoded body, within its bounds of size and time."""
-    body = bytearray()
+    """The decoded body, within its bounds of size and time. What is too large is read on and dropped, since a client
+    that is still sending would not see the answer."""
+    body, size, is_late = bytearray(), 0, False
     try:
         async with asyncio.timeout(limits.body_s):
             async for piece in request.stream():
-                body += piece
-                if len(body) > limits.max_body_bytes:
-                    raise RequestError(f"the body is larger than {limits.max_body_bytes} bytes", status=413,
-                                       code="body_too_large")  # fmt: skip
-    except TimeoutError as error:
-        raise RequestError(f"the body took longer than {limits.body_s:g} s", status=408, code="body_timeout") from error
+                size += len(piece)
+                if size <= limits.max_body_bytes:
+                    body += piece
+    except TimeoutError:
+        is_late = True
+    if size > limits.max_body_bytes:
+        raise RequestError(f"the body is larger than {limits.max_body_bytes} bytes", status=413, code="body_too_large")
+    if is_late:
+        raise RequestError(f"the body took longer than {limits.body_s:g} s", status=408, code="body_timeout")
     try:
         value = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
