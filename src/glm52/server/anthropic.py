@@ -7,7 +7,7 @@ import base64
 import hashlib
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import from_json
 
@@ -34,7 +34,7 @@ from glm52.tokenizer import Tokenizer
 
 
 class _Message(Body):
-    role: str
+    role: Literal["user", "assistant", "system", "developer"]
     content: str | list[Json] | None = None
 
 
@@ -123,8 +123,6 @@ def _messages(message: _Message, where: str) -> list[Json]:
         return [{"role": "system", "content": _text(content, "\n\n")}]
     if message.role == "assistant":
         return [_assistant(content, where)]
-    if message.role != "user":
-        raise RequestError(f"{where}.role: expected user or assistant, found {message.role!r}", param=f"{where}.role")
     results = [_result(b) for b in content if b.get("type") == "tool_result"]
     parts = [p for b in content if b.get("type") != "tool_result" for p in _parts(b)]
     if results and parts and all(_is_reminder(p) for p in parts):  # a remark on the results opens no turn of the user
