@@ -2,15 +2,17 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+import torch
 
+from glm52.cache import Spans
 from glm52.engine import AsyncEngine
-from glm52.engine.guide import MARGIN
 from glm52.hub import NANO
 from glm52.server.service import Service
 from glm52.session import Session
@@ -58,8 +60,12 @@ def babbling() -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def nano() -> Iterator[httpx.Client]:
-    session = Session.open(NANO, context=2048)
+def session() -> Session:
+    return Session.open(NANO, context=2048)
+
+
+@pytest.fixture(scope="module")
+def nano(session: Session) -> Iterator[httpx.Client]:
     backend = AsyncEngine(session.engine)
     service = Service(backend, session.tokenizer, session.template, name="nano", defaults=session.defaults,
                       context_length=session.engine.context_length)  # fmt: skip
@@ -150,8 +156,6 @@ def test_tool_choices_hold(babbling: httpx.Client, dialect: str, stream: bool) -
     ],
 )
 def test_structures_hold_after_the_reasoning(babbling: httpx.Client, fields: Any, pattern: str) -> None:
-    import re
-
     for extra in ({"thinking_budget": 12}, {"enable_thinking": False}):
         said = ask(babbling, "chat", "Hi", max_tokens=200, seed=1, **fields, **extra)
         assert re.fullmatch(pattern, said.content) and said.finish == "stop"
@@ -175,7 +179,6 @@ def test_one_model_says_the_same_in_every_dialect(nano: httpx.Client) -> None:
     said = [ask(nano, d, question, max_tokens=200, stream=s, temperature=0.0) for d in PATHS for s in (False, True)]
     assert {s.content for s in said} == {said[0].content} and "7" in said[0].content
     assert {s.reasoning for s in said} == {said[0].reasoning}
-    assert MARGIN < 32
 
 
 def test_the_shipped_model_calls_a_tool(nano: httpx.Client) -> None:
@@ -183,3 +186,29 @@ def test_the_shipped_model_calls_a_tool(nano: httpx.Client) -> None:
                tool_choice="required")  # fmt: skip
     assert said.calls and said.finish == "tool_calls"
     assert set(json.loads(said.calls[0][1])) <= {"city", "days"}
+
+
+def test_log_likelihoods_are_the_models_own(nano: httpx.Client, session: Session) -> None:
+    """What evaluation harnesses read: ``echo`` with log probabilities, as texts and as batches of token ids."""
+    texts = ["What is 3+4? It is 7.", "The weather in Rome is fine, and so it is in Oslo."]
+    prompts = [session.tokenizer.encode(t) for t in texts]
+    body = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    for prompt in (prompts, texts):
+        choices = nano.post("/v1/completions", json=body | {"prompt": prompt}).json()["choices"]
+        for ids, text, choice in zip(prompts, texts, choices, strict=True):
+            said = choice["logprobs"]
+            assert choice["text"].startswith(text) and said["token_logprobs"][0] is None
+            assert len(said["tokens"]) == len(ids) + 1 and said["text_offset"][:2] == [0, len(said["tokens"][0])]
+            expected = _log_likelihoods(session, ids)
+            assert said["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-5)
+            best = [max(t.values()) for t in said["top_logprobs"][1:]]
+            assert all(b >= p for b, p in zip(best, said["token_logprobs"][1:], strict=True))
+
+
+def _log_likelihoods(session: Session, ids: list[int]) -> list[float]:
+    """Of each token after the first, by one forward of the model itself."""
+    model = session.engine.model
+    with torch.inference_mode():
+        h = model(torch.tensor(ids), Spans.of_sequence(0, len(ids)), model.new_cache(64 * (len(ids) // 64 + 1)))
+        logp = torch.log_softmax(model.logits(h[:-1]).double(), -1)
+    return logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
