@@ -84,6 +84,9 @@ def test_a_client_that_never_ends_its_body_is_let_go() -> None:
     "body",
     [
         b"", b"nul", b"[" * 100_000, b'{"messages": NaN}', b'{"messages": ' + b'[' * 5000 + b"]" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}], "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f", "parameters": {"properties": {"a": '
+        + b'{"items": ' * 450 + b"{}" + b"}" * 454 + b"]}",
         b"\xff\xfe", b'{"messages": [{"role": "user", "content": [{"type": "text"}, {"type": "image_url"}]}], "n": 1e999}',
         json.dumps({"messages": USER, "tools": [{"function": {"name": "f", "parameters": {"$ref": "#/$ref"}}}], "seed": -(1 << 70)}).encode(),
         json.dumps({"messages": USER, "tools": [WEATHER], "logit_bias": {"99999999": 1}, "max_tokens": -1}).encode(),

@@ -92,9 +92,12 @@ async def _converse(request: Request, dialect: Dialect) -> Response:
     try:
         await run_whole(request, call)
         status = 200
-    except (RequestError, CapacityError) as error:
-        status = as_request_error(error).status
+    except ClientDisconnect:
         raise
+    except Exception as error:
+        known = as_request_error(error)
+        status = known.status
+        raise known from error
     finally:
         call.finish(status)
     return JSONResponse(writer.whole(call.answers, call.usage), headers=headers)
@@ -105,7 +108,9 @@ async def _call(request: Request, chat: ChatRequest, client: str, name: str) -> 
     explain = "cache" in request.headers.get("x-glm52-explain", "")
     begin = partial(service.call, chat, client, name, explain=explain, deadline_s=_deadline(request))
     is_large = int(request.headers.get("content-length") or _LARGE_BODY) >= _LARGE_BODY
-    return await asyncio.to_thread(begin) if is_large else begin()
+    call = await asyncio.to_thread(begin) if is_large else begin()
+    service.gate.check(len(call.answers))
+    return call
 
 
 def _deadline(request: Request) -> float | None:

@@ -42,7 +42,7 @@ async def json_body(request: Request, limits: Limits) -> Any:
         raise RequestError(f"the body took longer than {limits.body_s:g} s", status=408, code="body_timeout")
     try:
         value = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
     return _mended(value) if _SURROGATE.search(body) else value
 
@@ -74,6 +74,8 @@ def as_request_error(error: BaseException) -> RequestError:
         return error
     if isinstance(error, CapacityError):
         return RequestError(str(error), status=429, code="queue_full")
+    if isinstance(error, RecursionError):
+        return RequestError("the body is nested too deeply", code="too_deep")
     if isinstance(error, HTTPException):
         return RequestError(error.detail, status=error.status_code)
     logger.error("request failed", exc_info=error)

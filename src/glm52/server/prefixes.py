@@ -7,6 +7,7 @@ kept, as token ids and in memory alone, and compared on request.
 import re
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,20 +32,23 @@ class PromptLog:
         self._tokenizer = tokenizer
         self._max_prompts, self._max_clients, self._max_tokens = max_prompts, max_clients, max_tokens
         self._prompts: OrderedDict[str, deque[NDArray[np.int32]]] = OrderedDict()
+        self._lock = Lock()  # large requests are rendered on other threads
 
     def add(self, client: str, prompt: Sequence[int]) -> None:
-        mine = self._prompts.setdefault(client, deque(maxlen=self._max_prompts))
-        self._prompts.move_to_end(client)
-        mine.append(np.asarray(prompt, dtype=np.int32))
-        while len(self._prompts) > self._max_clients or (
-            len(self._prompts) > 1 and sum(len(p) for ps in self._prompts.values() for p in ps) > self._max_tokens
-        ):
-            self._prompts.popitem(last=False)
+        with self._lock:
+            mine = self._prompts.setdefault(client, deque(maxlen=self._max_prompts))
+            self._prompts.move_to_end(client)
+            mine.append(np.asarray(prompt, dtype=np.int32))
+            while len(self._prompts) > self._max_clients or (
+                len(self._prompts) > 1 and sum(len(p) for ps in self._prompts.values() for p in ps) > self._max_tokens
+            ):
+                self._prompts.popitem(last=False)
 
     def explain(self, client: str, prompt: Sequence[int]) -> Json:
         """The first difference to the closest earlier prompt: index in tokens, old and new text, likely cause."""
         new = np.asarray(prompt, dtype=np.int32)
-        earlier = self._prompts.get(client, ())
+        with self._lock:
+            earlier = list(self._prompts.get(client, ()))
         shared = [_common(old, new) for old in earlier]
         if not earlier or max(shared) == 0:
             return {"index": 0, "old": "", "new": self._text(new[:_SHOWN]), "cause": "no earlier prompt is known"}

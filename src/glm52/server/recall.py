@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 from glm52.chat import Reply
@@ -21,6 +22,7 @@ class Recall:
     def __init__(self, max_chars: int = 1 << 25) -> None:
         self._max_chars, self._chars = max_chars, 0
         self._reasoning: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = Lock()  # large requests are rendered on other threads
 
     def __len__(self) -> int:
         return len(self._reasoning)
@@ -31,10 +33,11 @@ class Recall:
             return
         calls = [(c.name, c.arguments) for c in reply.tool_calls]
         key = _key(client, messages[-1] if messages else {}, reply.content, calls)
-        self._chars += len(reasoning) - len(self._reasoning.pop(key, ""))
-        self._reasoning[key] = reasoning
-        while self._chars > self._max_chars:
-            self._chars -= len(self._reasoning.popitem(last=False)[1])
+        with self._lock:
+            self._chars += len(reasoning) - len(self._reasoning.pop(key, ""))
+            self._reasoning[key] = reasoning
+            while self._chars > self._max_chars:
+                self._chars -= len(self._reasoning.popitem(last=False)[1])
 
     def restored(self, client: str, messages: Sequence[Json]) -> tuple[list[Json], int]:
         """The messages, with reasoning where it is known and was not sent; how many were restored."""
@@ -53,9 +56,10 @@ class Recall:
         if "</think>" in text:
             return None
         key = _key(client, before, text, [(c.get("name"), c.get("arguments")) for c in calls])
-        if key in self._reasoning:
-            self._reasoning.move_to_end(key)
-        return self._reasoning.get(key)
+        with self._lock:
+            if key in self._reasoning:
+                self._reasoning.move_to_end(key)
+            return self._reasoning.get(key)
 
 
 def _key(client: str, before: Json, content: str, calls: Sequence[tuple[Any, Any]]) -> bytes:

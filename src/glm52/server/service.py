@@ -82,7 +82,7 @@ class Service:
     def call(
         self, request: ChatRequest, client: str, dialect: str, *, explain: bool, deadline_s: float | None
     ) -> "Call":
-        """RequestError if it cannot be served, CapacityError if it cannot be served now."""
+        """RequestError if it cannot be served."""
         if self.stops_at is not None:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
         return Call(self, request, client, dialect, explain=explain, deadline_s=deadline_s)
@@ -98,10 +98,7 @@ class Service:
         if not messages:
             raise RequestError("messages: expected at least one message, found none", param="messages")
         request = dataclasses.replace(request, messages=messages)
-        try:
-            prompt = self.template.render_ids(self.tokenizer, messages, request.tools, request.thinking)
-        except RecursionError as error:
-            raise RequestError("messages: nested too deeply", param="messages") from error
+        prompt = self.template.render_ids(self.tokenizer, messages, request.tools, request.thinking)
         return request, [prompt], notes
 
 
@@ -118,7 +115,6 @@ class Call:
         for prompt in prompts:
             if len(prompt) >= service.context_length:
                 raise ContextOverflow(len(prompt), service.context_length)
-        service.gate.check(len(prompts) * self.request.n)
         self.divergence = service.prompts.explain(client, prompts[0]) if explain else None
         if self.request.prompts is None:
             service.prompts.add(client, prompts[0])
