@@ -1,6 +1,7 @@
 """The OpenAPI document is true enough to attack the server with: no request that it allows is answered with a 500."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from glm52.engine import AsyncEngine
-from glm52.server.app import create_app
+from glm52.server.app import DIALECTS, create_app
 from tests.scripted import ScriptedModel, always
 from tests.serving import scripted_service
 
@@ -38,3 +39,9 @@ def test_nothing_that_is_allowed_is_an_internal_error(schema: Any, path: str) ->
         case.validate_response(case.call(), checks=[not_a_server_error])
 
     attack()
+
+
+def test_the_documentation_names_every_path() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "server.md").read_text()
+    for path in (*POSTS, *GETS, *DIALECTS, "/openapi.json"):
+        assert f"{path}`" in text, path
