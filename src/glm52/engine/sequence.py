@@ -108,10 +108,13 @@ class Sequence:
         return rest
 
     def _visible_text(self, tokens: list[int]) -> str:
-        """New text up to a stop string; what could be the beginning of one is held back."""
+        """New text up to a stop string; what could be the beginning of one is held back. Thinking is not searched: it
+        must not cost the answer."""
         if self.detokenizer is None:
             return ""
         text = self.held_text + self.detokenizer.feed(tokens)
+        if self.guide.is_reasoning:
+            return text
         at, self.stop_string = min(((text.find(s), s) for s in self.params.stop if s in text), default=(None, None))
         if at is not None:
             self.finish_reason, self.held_text = "stop", ""
