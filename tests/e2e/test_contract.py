@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import jsonschema
+import openai
 import pytest
 import torch
 
@@ -179,6 +181,20 @@ def test_one_model_says_the_same_in_every_dialect(nano: httpx.Client) -> None:
     said = [ask(nano, d, question, max_tokens=200, stream=s, temperature=0.0) for d in PATHS for s in (False, True)]
     assert {s.content for s in said} == {said[0].content} and "7" in said[0].content
     assert {s.reasoning for s in said} == {said[0].reasoning}
+
+
+def test_the_shipped_model_through_the_official_clients(nano: httpx.Client) -> None:
+    url = str(nano.base_url)
+    messages: Any = [{"role": "user", "content": "What is 3+4?"}]
+    gpt = openai.OpenAI(base_url=f"{url}/v1", api_key="x")
+    claude = anthropic.Anthropic(base_url=url, api_key="x")
+    chunks = gpt.chat.completions.create(model="nano", messages=messages, temperature=0, stream=True)
+    said = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert "7" in said and gpt.responses.create(model="nano", input="What is 3+4?", temperature=0).output_text == said
+    fields: Any = {"model": "nano", "messages": messages, "max_tokens": 300, "extra_body": {"temperature": 0}}
+    with claude.messages.stream(**fields) as stream:
+        assert "".join(stream.text_stream) == said
+        assert stream.get_final_message().content[0].type == "thinking"
 
 
 def test_the_shipped_model_calls_a_tool(nano: httpx.Client) -> None:

@@ -138,6 +138,26 @@ def test_what_a_schema_says_and_nobody_holds_is_named(script: Script, http: http
     assert reply.headers["x-glm52-unheld"] == "f.day: format is not held for a string"
 
 
+def test_stop_strings_do_not_end_thinking(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = "One. STOP. Two STO</think>P three STOP four"
+    message = gpt.chat.completions.create(model="nano", messages=USER, stop=["STOP"]).choices[0].message
+    assert (message.reasoning_content, message.content) == ("One. STOP. Two STO", "P three")
+
+
+def test_coding_mode_is_one_switch(script: Script, http: httpx.Client) -> None:
+    turns = [*USER, {"role": "assistant", "content": "Hello!", "reasoning_content": "Thought."}, *USER]
+    for path in ("/v1/chat/completions", "/v1/messages", "/api/paas/v4/chat/completions"):
+        given: Any = turns if "chat" in path else [
+            turns[0], {"role": "assistant", "content": [{"type": "thinking", "thinking": "Thought.", "signature": ""},
+                                                        {"type": "text", "text": "Hello!"}]}, turns[2]]  # fmt: skip
+        for fields, headers in (({"mode": "coding"}, {}), ({}, {"x-glm52-mode": "coding"})):
+            assert http.post(path, json={"messages": given, **fields}, headers=headers).status_code == 200
+            assert "<think>Thought.</think>Hello!" in script.prompts[-1] and "Effort: Max" in script.prompts[-1]
+            assert (script.params[-1].temperature, script.params[-1].top_p) == (0.7, 1.0)
+        http.post(path, json={"messages": given, "mode": "coding", "temperature": 0.2, "clear_thinking": True})
+        assert "Thought." not in script.prompts[-1] and script.params[-1].temperature == 0.2
+
+
 # ── OpenAI text completions ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -321,6 +341,20 @@ def test_zai_keeps_reasoning_on_the_coding_path(script: Script, http: httpx.Clie
     for path, kept in (("paas", False), ("coding/paas", True)):
         assert http.post(f"/api/{path}/v4/chat/completions", json={"messages": turns}).status_code == 200
         assert ("Thought." in script.prompts[-1]) is kept
+
+
+# ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_clients_find_the_model(gpt: openai.OpenAI, claude: anthropic.Anthropic, http: httpx.Client) -> None:
+    assert [m.id for m in gpt.models.list()] == [m.id for m in claude.models.list()] == ["nano"]
+    assert claude.models.retrieve("nano").display_name == "nano" and gpt.models.retrieve("nano").owned_by == "glm52"
+    for path, envelope in (
+        ("/v1/messages", "type"),
+        ("/v1/chat/completions", "error"),
+        ("/api/paas/v4/nothing", "error"),
+    ):
+        assert envelope in http.get(path).json()
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
