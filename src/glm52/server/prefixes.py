@@ -1,7 +1,7 @@
-"""Where a prompt parts from the closest earlier one of the same client, and what is the likely cause.
+"""Where a prompt parts from the closest earlier conversation of the same client, and what is the likely cause.
 
-The prefix cache holds equal beginnings only. A miss that nobody explains looks like slowness; so the last prompts are
-kept, as token ids and in memory alone, and compared on request.
+The prefix cache holds equal beginnings only. A miss that nobody explains looks like slowness; so the last prompts, with
+their replies, are kept, as token ids and in memory alone, and compared on request.
 """
 
 import re
@@ -34,11 +34,12 @@ class PromptLog:
         self._prompts: OrderedDict[str, deque[NDArray[np.int32]]] = OrderedDict()
         self._lock = Lock()  # large requests are rendered on other threads
 
-    def add(self, client: str, prompt: Sequence[int]) -> None:
+    def add(self, client: str, tokens: Sequence[int]) -> None:
+        """Remember a prompt and its reply."""
         with self._lock:
             mine = self._prompts.setdefault(client, deque(maxlen=self._max_prompts))
             self._prompts.move_to_end(client)
-            mine.append(np.asarray(prompt, dtype=np.int32))
+            mine.append(np.asarray(tokens, dtype=np.int32))
             while len(self._prompts) > self._max_clients or (
                 len(self._prompts) > 1 and sum(len(p) for ps in self._prompts.values() for p in ps) > self._max_tokens
             ):
@@ -63,18 +64,17 @@ class PromptLog:
 
     def _cause(self, old: NDArray[np.int32], new: NDArray[np.int32], index: int) -> str:
         if index == len(old) or index == len(new):
-            return "nothing changed: one prompt continues the other"
+            return "nothing changed: one continues the other"
         before = self._text(new[:index])
         old_text, new_text = self._text(old[index : index + _SHOWN]), self._text(new[index : index + _SHOWN])
+        if old_text.startswith(new_text) or new_text.startswith(old_text):
+            return "the same text came back in other tokens"
         section = _section(before)
-        at_end = index >= len(old) - 2
         if section == "effort":
             return "thinking was switched or its effort changed, which changes the first line of the prompt"
         if section == "tools":
             return "the tools changed, or the order they are given in"
         if section == "thought":
-            if at_end:
-                return "nothing changed: the earlier prompt ended where the reply now stands"
             return "reasoning of an earlier turn was dropped, added or changed; see clear_thinking"
         where = {"system": "a system message", "user": "a message of the user", "tool": "the result of a tool",
                  "assistant": "an earlier reply"}[section]  # fmt: skip

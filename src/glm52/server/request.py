@@ -168,7 +168,8 @@ class Answer:
         self.text, self.reasoning = "", ""
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
-        self.completion_tokens = self.reasoning_tokens = self.cached_tokens = 0
+        self.tokens = list(prompt)
+        self.reasoning_tokens = self.cached_tokens = 0
         self.thinking_closed: Literal["soft", "hard"] | None = None
         self.stop_string: str | None = None
         self.reason = ""
@@ -176,7 +177,7 @@ class Answer:
     def take(self, event: Event) -> list[Delta]:
         """What an event brings, without the reasoning where the client wants none."""
         seq = event.seq
-        self.completion_tokens += len(event.token_ids)
+        self.tokens += event.token_ids
         self.cached_tokens, self.reasoning_tokens = seq.num_cached_tokens, seq.num_reasoning
         self.thinking_closed = seq.thinking_closed
         self.logprobs += event.logprobs
@@ -185,7 +186,7 @@ class Answer:
         if event.finish_reason is not None:
             self.reason = event.finish_reason
             self.stop_string, self.prompt_logprobs = seq.stop_string, seq.prompt_logprobs
-            if self.reason == "length" and len(self.prompt) + self.completion_tokens >= self._context_length:
+            if self.reason == "length" and len(self.tokens) >= self._context_length:
                 self.reason = "context"
             new += self._parser.close() if self._parser else []
         self.reasoning += "".join(d.text for d in new if isinstance(d, ReasoningDelta))
@@ -197,6 +198,10 @@ class Answer:
     @property
     def reply(self) -> Reply:
         return collect(self.deltas, thinking=self._thinks and self.request.show_reasoning)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt)
 
     @property
     def content_logprobs(self) -> list[TokenLogprob]:

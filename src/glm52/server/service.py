@@ -116,8 +116,6 @@ class Call:
             if len(prompt) >= service.context_length:
                 raise ContextOverflow(len(prompt), service.context_length)
         self.divergence = service.prompts.explain(client, prompts[0]) if explain else None
-        if self.request.prompts is None:
-            service.prompts.add(client, prompts[0])
         self._params = guided(self.request)
         self.answers = [
             Answer(self.request, prompt, i, context_length=service.context_length)
@@ -161,6 +159,7 @@ class Call:
             per_token = (time.monotonic() - first_s) / (answer.completion_tokens - 1)
             metrics.per_token_s.labels(self.dialect).observe(per_token)
         if self.request.prompts is None:
+            self.service.prompts.add(self.client, answer.tokens)
             self.service.recall.keep(self.client, self.request.messages, answer.reply, answer.reasoning)
 
     @property
