@@ -104,6 +104,14 @@ def test_half_a_character_is_mended(url: str, script: Script) -> None:
     assert "a� b" in script.prompts[-1]
 
 
+def test_names_of_fields_cannot_break_a_header(url: str) -> None:
+    body = BODY | {"a\r\nset-cookie: x": 1, "ü": 2, "b" * 2000: 3}
+    for stream in (False, True):
+        reply = httpx.post(url + CHAT, json=body | {"stream": stream}, headers=HEADERS)
+        assert reply.status_code == 200 and "set-cookie" not in reply.headers
+        assert reply.headers["x-glm52-ignored"].startswith("a??set-cookie: x, bbb")
+
+
 # ── Queue, deadlines, signs of life ──────────────────────────────────────────────────────────────────────────────
 
 

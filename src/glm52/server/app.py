@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,7 +131,7 @@ def _headers(chat: ChatRequest, call: Call) -> dict[str, str]:
         "x-glm52-ignored": ", ".join(chat.ignored), "x-glm52-prompt": ", ".join(call.notes),
         "x-glm52-unheld": ", ".join(call.unheld), "cache-control": "no-cache" if chat.stream else "",
     }  # fmt: skip
-    return {k: v.encode("ascii", "replace").decode()[:1024] for k, v in said.items() if v}
+    return {k: re.sub("[^ -~]", "?", v)[:1024] for k, v in said.items() if v}
 
 
 async def _prepend(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
