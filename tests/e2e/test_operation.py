@@ -80,6 +80,15 @@ def test_a_client_that_never_ends_its_body_is_let_go() -> None:
         assert time.monotonic() - began < 3
 
 
+def test_half_sent_headers_hinder_nobody(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+            slow.sendall(b"POST /v1/messages HTTP/1.1\r\nhost:")
+        assert httpx.post(url + CHAT, json=BODY, headers=HEADERS).status_code == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [
