@@ -80,7 +80,6 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         parallel_calls=not (b.tool_choice or {}).get("disable_parallel_tool_use"),
         structure=_structure(b),
         stream=bool(b.stream),
-        include_usage=True,
         ignored=(*sorted(b.model_extra or ()), *skipped),
     )  # fmt: skip
 

@@ -336,13 +336,7 @@ def _usage(usage: Usage) -> Json:
 
 
 def usage_payload(usage: Usage) -> Json:
-    """Counts, how a reasoning that was too long was closed, and the divergence from an earlier prompt if asked for."""
-    reasoning: Json = {"reasoning_tokens": usage.reasoning_tokens}
-    if usage.thinking_closed:
-        reasoning["thinking_closed"] = usage.thinking_closed
-    cached: Json = {"cached_tokens": usage.cached_tokens}
-    if usage.divergence:
-        cached["divergence"] = usage.divergence
+    cached, reasoning = usage_details(usage)
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -350,6 +344,14 @@ def usage_payload(usage: Usage) -> Json:
         "prompt_tokens_details": cached,
         "completion_tokens_details": reasoning,
     }
+
+
+def usage_details(usage: Usage) -> tuple[Json, Json]:
+    """Of the prompt, with the divergence from an earlier one if asked for; and of the reply, with how the budget ended
+    its thinking if it did."""
+    divergence = {"divergence": usage.divergence} if usage.divergence else {}
+    closed = {"thinking_closed": usage.thinking_closed} if usage.thinking_closed else {}
+    return {"cached_tokens": usage.cached_tokens} | divergence, {"reasoning_tokens": usage.reasoning_tokens} | closed
 
 
 def logprobs_payload(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> Json:

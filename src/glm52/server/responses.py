@@ -16,7 +16,7 @@ from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
 from glm52.server import thinking
-from glm52.server.openai import logprobs_payload, tool_choice
+from glm52.server.openai import logprobs_payload, tool_choice, usage_details
 from glm52.server.request import (
     Answer,
     Body,
@@ -97,7 +97,6 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         parallel_calls=b.parallel_tool_calls is not False,
         structure=_structure(b),
         stream=bool(b.stream),
-        include_usage=True,
         ignored=(*sorted(b.model_extra or ()), *skipped),
         raw=body | {"encrypted": "reasoning.encrypted_content" in include},
     )  # fmt: skip
@@ -391,12 +390,7 @@ def _copy(item: Json) -> Json:
 
 
 def usage_payload(usage: Usage) -> Json:
-    cached: Json = {"cached_tokens": usage.cached_tokens}
-    reasoning: Json = {"reasoning_tokens": usage.reasoning_tokens}
-    if usage.divergence:
-        cached["divergence"] = usage.divergence
-    if usage.thinking_closed:
-        reasoning["thinking_closed"] = usage.thinking_closed
+    cached, reasoning = usage_details(usage)
     return {
         "input_tokens": usage.prompt_tokens, "input_tokens_details": cached,
         "output_tokens": usage.completion_tokens, "output_tokens_details": reasoning,

@@ -27,7 +27,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     if chat.do_sample is False:
         chat.temperature = 0.0
     return replace(
-        openai.translate(chat, defaults), include_usage=True, whole_calls=not chat.tool_stream,
+        openai.translate(chat, defaults), whole_calls=not chat.tool_stream,
         request_id=chat.request_id,
     )  # fmt: skip
 
