@@ -175,7 +175,7 @@ def _record(rng: random.Random, split: Split) -> dict[str, Any]:
 
 
 # The last two are kept for the test split.
-_SENTENCES = (
+_SENTENCES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("name", "item"), "Give the {item} to {name}."),
     (("name", "item", "quantity"), "Bring {name} {quantity} {item}s."),
     (("name", "item", "city"), "Ask {name} in {city} about the {item}."),
