@@ -12,7 +12,7 @@ from glm52.errors import GLMError
 
 _COMMANDS = {
     "chat": ("glm52.terminal", "talk to a model in the terminal"),
-    "serve": ("glm52.server.command", "serve a model over HTTP, for OpenAI clients"),
+    "serve": ("glm52.server.command", "serve a model over HTTP, for clients of OpenAI, Anthropic and Z.ai"),
     "inspect": ("glm52.inspect", "what a configuration or checkpoint is, weighs and costs"),
     "train": ("glm52.train.command", "run a training recipe, or resume it"),
     "data": ("glm52.train.build", "build training data: tokenizer and token shards"),

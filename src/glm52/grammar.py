@@ -184,7 +184,8 @@ def _call(rules: _Rules, name: str, parameters: Any) -> str:
 
 def _arguments(rules: _Rules, tool: str, parameters: Schema) -> str:
     """A rule for the arguments of one call: each at most once, the required ones all, in any order."""
-    schema = resolve_reference(parameters, parameters) or {}
+    resolved = resolve_reference(parameters, parameters)
+    schema = resolved if isinstance(resolved, Mapping) else {}
     unknown = sorted(set(schema) & {"allOf", "anyOf", "oneOf", "not", "if", "dependentRequired", "patternProperties",
                                     "propertyNames", "minProperties", "maxProperties", "enum", "const"})  # fmt: skip
     rules.warnings += [f"{tool}: {word} of the parameters is not held" for word in unknown]

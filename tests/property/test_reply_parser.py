@@ -75,3 +75,23 @@ def test_plain_text_is_kept(text: str, thinking: bool) -> None:
 @given(data=st.binary(max_size=400), thinking=st.booleans())
 def test_random_bytes_never_raise(data: bytes, thinking: bool) -> None:
     parse_whole(data.decode("utf-8", errors="replace"), thinking=thinking)
+
+
+def test_a_million_bytes_never_raise() -> None:
+    """Random bytes with markers among them, in random pieces."""
+    rng = random.Random(1)
+    for thinking in (True, False):
+        pieces = (
+            rng.choice(FRAGMENTS)
+            if rng.random() < 0.05
+            else rng.randbytes(rng.randrange(1, 20)).decode("utf-8", "replace")
+            for _ in range(30_000)
+        )
+        text = "".join(pieces)
+        assert len(text.encode()) > 500_000
+        parser, at = ReplyParser(TOOLS, thinking=thinking), 0
+        while at < len(text):
+            size = rng.randrange(1, 40)
+            parser.feed(text[at : at + size])
+            at += size
+        parser.close()

@@ -218,3 +218,8 @@ def test_full_match_means_what_search_means(pieces: list[str], text: str) -> Non
     whole = full_match(pattern, search=True)
     if whole is not None:
         assert bool(re.fullmatch(whole, text)) == bool(compiled.search(text))
+
+
+def test_a_reference_to_what_is_no_schema_is_none() -> None:
+    circular = {"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/$ref"}}}
+    assert accepts(Grammar.tool_calls([circular]), call("f", x="1"))

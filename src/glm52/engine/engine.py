@@ -155,6 +155,7 @@ class Engine:
         h_TD = self.model(
             self._tokens(work), self._spans([(w.seq, w.seq.num_cached, w.count) for w in work]), self.cache
         )
+        self._score_prompts(work, h_TD)
         events = self._sample_and_verify(work, h_TD)
         self._commit_and_draft(work, h_TD)
         seconds = time.perf_counter() - began
@@ -199,6 +200,20 @@ class Engine:
             max_length=max(lengths),
             page_size=size,
         )
+
+    def _score_prompts(self, work: list[Work], h_TD: Tensor) -> None:
+        """Log probabilities of the prompt tokens that follow the rows of this step, where they are asked for."""
+        at = 0
+        for w in work:
+            seq, begin = w.seq, w.seq.num_cached
+            count = min(begin + w.count, len(seq.prompt) - 1) - begin
+            if seq.params.prompt_logprobs is not None and count > 0:
+                del seq.prompt_logprobs[begin + 1 :]  # a preempted prompt is computed again
+                seq.prompt_logprobs = seq.prompt_logprobs or [None]
+                logits = self.model.logits(h_TD[at : at + count]).numpy()
+                for x, token in zip(logits, seq.prompt[begin + 1 : begin + count + 1], strict=True):
+                    seq.prompt_logprobs.append(_logprob(x, token, seq.params.prompt_logprobs))
+            at += w.count
 
     def _sample_and_verify(self, work: list[Work], h_TD: Tensor) -> list[Event]:
         """Tokens of the sequences whose prompt is now complete: accepted drafts and one token of the model's own."""

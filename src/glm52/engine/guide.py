@@ -118,6 +118,10 @@ class Guide:
         return self._state.closed
 
     @property
+    def is_reasoning(self) -> bool:
+        return self._state.is_reasoning
+
+    @property
     def num_reasoning(self) -> int:
         return self._state.num_reasoning
 

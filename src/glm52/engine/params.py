@@ -32,9 +32,9 @@ class Repetition:
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """temperature 0 is greedy. Penalties as in the OpenAI API; repetition_penalty as in transformers. logprobs: how
-    many alternatives to report with each token (None: not even its own). seed: None draws one. thinking_budget:
-    reasoning tokens after which thinking is closed (None: never). grammar: what must follow the reasoning. repetition:
-    when a loop ends the reply (None: never)."""
+    many alternatives to report with each token (None: not even its own). prompt_logprobs: the same for the prompt,
+    which is then computed whole. seed: None draws one. thinking_budget: reasoning tokens after which thinking is closed
+    (None: never). grammar: what must follow the reasoning. repetition: when a loop ends the reply (None: never)."""
 
     max_tokens: int = 1 << 30
     temperature: float = 1.0
@@ -49,6 +49,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     thinking_budget: int | None = None
     grammar: Grammar | None = None
@@ -59,7 +60,7 @@ class SamplingParams:
         ranges = {
             "max_tokens": (1, math.inf), "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "top_k": (0, math.inf),
             "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
-            "repetition_penalty": (1e-6, math.inf), "logprobs": (0, 20),
+            "repetition_penalty": (1e-6, math.inf), "logprobs": (0, 20), "prompt_logprobs": (0, 20),
             "thinking_budget": (0, math.inf),
         }  # fmt: skip
         for name, (low, high) in ranges.items():

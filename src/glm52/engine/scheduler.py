@@ -66,7 +66,7 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, budget: int) -> Work | None:
         """Start a sequence if all of its tokens would fit now, beginning after the prefix that is cached."""
-        pages = self.pages.match(seq.tokens)
+        pages = self.pages.match(seq.tokens) if seq.params.prompt_logprobs is None else []
         if self.pages.pages_for(len(seq.tokens) + 1) - len(pages) > self.pages.available:
             self.pages.release(pages)
             return None

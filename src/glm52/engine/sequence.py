@@ -39,7 +39,8 @@ class Event:
 class Sequence:
     """State of one request. num_cached: leading tokens whose rows are in the pool. num_cached_tokens: prompt
     tokens that a shared prefix saved. drafts: proposed continuations, with the distributions they were drawn from (None
-    when greedy)."""
+    when greedy). stop_string: the one that ended the reply. prompt_logprobs: if asked for, one for each prompt token
+    that is computed; the first has none."""
 
     id: int
     prompt: list[int]
@@ -56,6 +57,8 @@ class Sequence:
     draft_probabilities: list[Array | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     held_text: str = ""
+    stop_string: str | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     num_drafted: int = 0
     num_accepted: int = 0
 
@@ -105,11 +108,14 @@ class Sequence:
         return rest
 
     def _visible_text(self, tokens: list[int]) -> str:
-        """New text up to a stop string; what could be the beginning of one is held back."""
+        """New text up to a stop string; what could be the beginning of one is held back. Thinking is not searched: it
+        must not cost the answer."""
         if self.detokenizer is None:
             return ""
         text = self.held_text + self.detokenizer.feed(tokens)
-        at = min((i for i in (text.find(s) for s in self.params.stop) if i >= 0), default=None)
+        if self.guide.is_reasoning:
+            return text
+        at, self.stop_string = min(((text.find(s), s) for s in self.params.stop if s in text), default=(None, None))
         if at is not None:
             self.finish_reason, self.held_text = "stop", ""
             self.detokenizer = None

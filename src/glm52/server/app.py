@@ -1,12 +1,12 @@
-"""The ASGI application: routes, body limits, server-sent events, and cancellation when a client hangs up."""
+"""The ASGI application: which route speaks which dialect, and one way to serve them all."""
 
 import asyncio
 import contextlib
-import json
-import logging
-import time
-from collections.abc import AsyncIterator, Iterable
-from typing import Any, Protocol
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,140 +14,124 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from glm52.chat import ChatTemplate, Delta, ReplyParser, ToolCallStart, collect
-from glm52.engine import Event, SamplingParams, TokenLogprob
+from glm52 import __version__
 from glm52.errors import CapacityError, RequestError
-from glm52.server import openai
-from glm52.server.request import ChatRequest, Usage
-from glm52.tokenizer import Tokenizer
+from glm52.server import anthropic, completions, openai, responses, tokens, zai
+from glm52.server.http import as_request_error, events, json_body, run_whole, sse
+from glm52.server.openapi import document
+from glm52.server.request import ChatRequest, ContextOverflow, Defaults, Json
+from glm52.server.service import Call, Service
 
-logger = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 32 << 20
-KEEP_ALIVE_S = 15.0
-
-
-class Backend(Protocol):
-    """What answers: the engine's thread, or in a test a script."""
-
-    def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]: ...
+_LARGE_BODY = 1 << 16  # bytes from which a prompt is rendered off the event loop
 
 
-class Service:
-    """One model behind the routes: renders prompts, runs the backend, reads replies."""
+@dataclass(frozen=True)
+class Dialect:
+    """Pure functions of one protocol. fails_in_stream: an overflow of a streamed request is an event, since its clients
+    look for it there. foreign: a prefix of other models' names that mean this one."""
 
-    def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, template: ChatTemplate, *, name: str, context_length: int,
-        defaults: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.backend, self.tokenizer, self.template = backend, tokenizer, template
-        self.name, self.context_length, self.defaults = name, context_length, defaults
-        self.created = int(time.time())
-
-    def prompt(self, request: ChatRequest) -> list[int]:
-        if request.model and request.model != self.name:
-            raise RequestError(f"The model {request.model!r} does not exist; this server has {self.name!r}.",
-                               status=404, param="model", code="model_not_found")  # fmt: skip
-        return self.template.render_ids(self.tokenizer, request.messages, request.tools, request.thinking)
+    name: str
+    read: Callable[[Any, Defaults], ChatRequest]
+    writer: Callable[..., Any]
+    error: Callable[[RequestError], Json]
+    fails_in_stream: bool = False
+    foreign: str | None = None
 
 
-class Choice:
-    """One reply while it arrives: parses the text, counts what it was made of."""
-
-    def __init__(self, service: Service, request: ChatRequest, prompt: list[int], index: int) -> None:
-        params = request.params
-        if index and params.seed is not None:
-            params = SamplingParams(**{**params.__dict__, "seed": params.seed + index})
-        self._events = service.backend.generate(prompt, params)
-        self._parser = ReplyParser(request.tools, thinking=request.thinking.enabled)
-        self._end_think = service.tokenizer.id("</think>")
-        self._thinking = request.thinking.enabled
-        self.deltas: list[Delta] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.completion_tokens = self.reasoning_tokens = self.cached_tokens = 0
-        self.reason = "stop"
-
-    async def run(self) -> AsyncIterator[tuple[list[Delta], list[TokenLogprob]]]:
-        """Deltas and log probabilities of each event; RequestError if the engine could not go on."""
-        async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
-            async for event in events:
-                if event.error is not None:
-                    raise RequestError(event.error, status=500, code="engine_error")
-                for token in event.token_ids:
-                    self.completion_tokens += 1
-                    self._thinking = self._thinking and token != self._end_think
-                    self.reasoning_tokens += self._thinking
-                self.cached_tokens = event.seq.num_cached_tokens
-                new = self._parser.feed(event.text)
-                if event.finish_reason is not None:
-                    self.reason = event.finish_reason
-                    new += self._parser.close()
-                self.deltas += new
-                self.logprobs += event.logprobs
-                yield new, event.logprobs
-
-    @property
-    def finish_reason(self) -> str:
-        return openai.finish_reason(self.reason, any(isinstance(d, ToolCallStart) for d in self.deltas))
+CHAT = Dialect("chat", openai.read, openai.Writer, openai.error_payload)
+TEXT = Dialect("completions", completions.read, completions.Writer, openai.error_payload)
+RESPONSES = Dialect("responses", responses.read, responses.Writer, openai.error_payload, fails_in_stream=True)
+MESSAGES = Dialect("messages", anthropic.read, anthropic.Writer, anthropic.error_payload, foreign="claude")
+ZAI = Dialect("zai", zai.read, zai.Writer, zai.error_payload)
+ZAI_CODING = replace(ZAI, read=zai.read_coding)
+DIALECTS = {
+    "/v1/chat/completions": CHAT, "/chat/completions": CHAT,
+    "/v1/completions": TEXT,
+    "/v1/responses": RESPONSES, "/responses": RESPONSES,
+    "/v1/messages": MESSAGES, "/api/anthropic/v1/messages": MESSAGES,
+    "/api/paas/v4/chat/completions": ZAI, "/api/coding/paas/v4/chat/completions": ZAI_CODING,
+}  # fmt: skip
 
 
-def _usage(prompt: list[int], choices: list[Choice]) -> Usage:
-    return Usage(
-        prompt_tokens=len(prompt),
-        completion_tokens=sum(c.completion_tokens for c in choices),
-        cached_tokens=max(c.cached_tokens for c in choices),
-        reasoning_tokens=sum(c.reasoning_tokens for c in choices),
-    )
-
-
-async def chat_completions(request: Request) -> Response:
+def _client(request: Request) -> str:
     service: Service = request.app.state.service
-    chat = openai.read_request(await _json_body(request), service.defaults)
-    prompt = service.prompt(chat)
-    writer = openai.Writer(chat, service.name)
-    choices = [Choice(service, chat, prompt, i) for i in range(chat.n)]
-    headers = {"x-glm52-ignored": ", ".join(chat.ignored)} if chat.ignored else {}
-    if chat.stream:
-        stream = _stream(service, chat, writer, prompt, choices)
-        first = await anext(stream)  # errors of a request that cannot be served come as a status, not inside the stream
-        return StreamingResponse(_prepend(first, stream), media_type="text/event-stream", headers=headers)
-    await _until_disconnect(request, [_drain(c) for c in choices])
-    with_logprobs = chat.params.logprobs is not None
-    payloads = [
-        openai.choice_payload(
-            i, collect(c.deltas, thinking=chat.thinking.enabled), c.finish_reason,
-            openai.logprobs_payload(service.tokenizer, c.logprobs) if with_logprobs else None,
-        )
-        for i, c in enumerate(choices)
-    ]  # fmt: skip
-    return JSONResponse(writer.completion(payloads, _usage(prompt, choices)), headers=headers)
+    headers, peer = request.headers, request.client.host if request.client else "local"
+    return service.options.keys.client(headers.get("authorization"), headers.get("x-api-key"), peer)
 
 
-async def _drain(choice: Choice) -> None:
-    async for _ in choice.run():
-        pass
+async def _read(request: Request, dialect: Dialect) -> ChatRequest:
+    """The body as a request for this model. The header x-glm52-mode, or the server's own mode, stands for the field."""
+    service: Service = request.app.state.service
+    body = await json_body(request, service.options.limits)
+    mode = request.headers.get("x-glm52-mode") or service.options.mode
+    if mode and isinstance(body, dict) and dialect is not TEXT:
+        body.setdefault("mode", mode)
+    chat = dialect.read(body, service.defaults)
+    if chat.ignored and request.query_params.get("strict") == "1":
+        raise RequestError(f"{chat.ignored[0]}: not known here, and strict=1", param=chat.ignored[0])
+    service.check_model(chat.model, any_of=dialect.foreign)
+    return chat
 
 
-async def _until_disconnect(request: Request, work: list[Any]) -> None:
-    """Run to the end, or stop everything as soon as the client is gone."""
-    done = asyncio.gather(*work)
-    watcher = asyncio.ensure_future(_disconnected(request))
+async def _converse(request: Request, dialect: Dialect) -> Response:
+    service: Service = request.app.state.service
+    client = _client(request)
+    chat = await _read(request, dialect)
+    writer = dialect.writer(chat, service.name, service.tokenizer)
     try:
-        both: tuple[asyncio.Future[Any], ...] = (done, watcher)
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise ClientDisconnect
-        await done
+        call = await _call(request, chat, client, dialect.name)
+    except ContextOverflow as error:
+        if not (dialect.fails_in_stream and chat.stream):
+            raise
+        return Response(sse([*writer.begin(0, 0), *writer.fail(error)]), media_type="text/event-stream")
+    headers = _headers(chat, call)
+    if chat.stream:
+        stream = events(call, writer)
+        first = await anext(stream)
+        return StreamingResponse(_prepend(first, stream), media_type="text/event-stream", headers=headers)
+    status = 499
+    try:
+        await run_whole(request, call)
+        status = 200
+    except ClientDisconnect:
+        raise
+    except Exception as error:
+        known = as_request_error(error)
+        status = known.status
+        raise known from error
     finally:
-        watcher.cancel()
-        done.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await done
+        call.finish(status)
+    return JSONResponse(writer.whole(call.answers, call.usage), headers=headers)
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _call(request: Request, chat: ChatRequest, client: str, name: str) -> Call:
+    service: Service = request.app.state.service
+    explain = "cache" in request.headers.get("x-glm52-explain", "")
+    begin = partial(service.call, chat, client, name, explain=explain, deadline_s=_deadline(request))
+    is_large = int(request.headers.get("content-length") or _LARGE_BODY) >= _LARGE_BODY
+    call = await asyncio.to_thread(begin) if is_large else begin()
+    service.gate.check(len(call.answers))
+    return call
+
+
+def _deadline(request: Request) -> float | None:
+    given = request.headers.get("x-glm52-deadline-s")
+    try:
+        seconds = float(given) if given else None
+    except ValueError:
+        seconds = -1.0
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise RequestError(f"x-glm52-deadline-s: expected seconds, found {given!r}", param="x-glm52-deadline-s")
+    return seconds
+
+
+def _headers(chat: ChatRequest, call: Call) -> dict[str, str]:
+    """What was accepted without effect, what was done to the prompt, and what of the schemas is not held."""
+    said = {
+        "x-glm52-ignored": ", ".join(chat.ignored), "x-glm52-prompt": ", ".join(call.notes),
+        "x-glm52-unheld": ", ".join(call.unheld), "cache-control": "no-cache" if chat.stream else "",
+    }  # fmt: skip
+    return {k: re.sub("[^ -~]", "?", v)[:1024] for k, v in said.items() if v}
 
 
 async def _prepend(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -157,118 +141,103 @@ async def _prepend(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
             yield item
 
 
-async def _stream(
-    service: Service, chat: ChatRequest, writer: openai.Writer, prompt: list[int], choices: list[Choice]
-) -> AsyncIterator[bytes]:
-    """Server-sent events of all choices as they come; a comment when nothing came for a while."""
-    queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue()
-
-    async def pump(index: int, choice: Choice) -> None:
-        try:
-            queue.put_nowait(_sse(writer.chunk(index, {"role": "assistant", "content": ""})))
-            async for deltas, logprobs in choice.run():
-                chunks = writer.chunks(index, deltas)
-                if logprobs and chat.params.logprobs is not None:
-                    chunks = chunks or [writer.chunk(index, {})]
-                    chunks[0]["choices"][0]["logprobs"] = openai.logprobs_payload(service.tokenizer, logprobs)
-                for chunk in chunks:
-                    queue.put_nowait(_sse(chunk))
-            queue.put_nowait(_sse(writer.chunk(index, {}, choice.finish_reason)))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(pump(i, c)) for i, c in enumerate(choices)]
-    begun, open_choices = False, len(choices)
-    held: list[bytes] = []
-    try:
-        while open_choices:
-            try:
-                item = await asyncio.wait_for(queue.get(), KEEP_ALIVE_S)
-            except TimeoutError:
-                item = b": still working\n\n"
-            if isinstance(item, BaseException):
-                if not begun:
-                    raise item
-                yield _sse(_error(item)[0])
-                return
-            if item is None:
-                open_choices -= 1
-            elif not begun and len(held) < 1:
-                held.append(item)  # the role chunk waits for a sign that the request is being served
-            else:
-                begun = True
-                yield b"".join([*held, item])
-                held = []
-        if chat.include_usage:
-            yield _sse(writer.usage_chunk(_usage(prompt, choices)))
-        yield b"data: [DONE]\n\n"
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+# ── Other routes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _sse(payload: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n".encode()
+async def count_tokens(request: Request) -> Response:
+    service: Service = request.app.state.service
+    client = _client(request)
+    chat = await _read(request, MESSAGES)
+    _, prompts, _ = await asyncio.to_thread(service.render, chat, client)
+    return JSONResponse({"input_tokens": len(prompts[0])})
 
 
-async def _json_body(request: Request) -> Any:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the body is larger than {MAX_BODY_BYTES} bytes", status=413, code="body_too_large")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+async def tokenize(request: Request) -> Response:
+    service: Service = request.app.state.service
+    client = _client(request)
+    body = await json_body(request, service.options.limits)
+    return JSONResponse(await asyncio.to_thread(tokens.tokenize, service, client, body))
+
+
+async def detokenize(request: Request) -> Response:
+    service: Service = request.app.state.service
+    _client(request)
+    return JSONResponse(tokens.detokenize(service, await json_body(request, service.options.limits)))
 
 
 async def models(request: Request) -> Response:
     service: Service = request.app.state.service
-    return JSONResponse(openai.models_payload([service.name], service.created, service.context_length))
+    _client(request)
+    return JSONResponse(openai.models_payload(service.names, service.created, service.context_length))
 
 
 async def model(request: Request) -> Response:
     service: Service = request.app.state.service
+    _client(request)
     name = request.path_params["name"]
-    if name != service.name:
-        raise RequestError(f"The model {name!r} does not exist; this server has {service.name!r}.", status=404,
-                           param="model", code="model_not_found")  # fmt: skip
-    return JSONResponse(openai.model_payload(service.name, service.created, service.context_length))
+    service.check_model(name)
+    return JSONResponse(openai.model_payload(name, service.created, service.context_length))
+
+
+async def root(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return JSONResponse({"glm52": __version__, "model": service.name, "openapi": "/openapi.json"})
 
 
 async def health(request: Request) -> Response:
-    return JSONResponse({"status": "ok", "model": request.app.state.service.name})
+    service: Service = request.app.state.service
+    is_up = service.stops_at is None
+    state = {"status": "ok" if is_up else "draining", "model": service.name, "running": service.gate.running,
+             "waiting": service.gate.waiting}  # fmt: skip
+    return JSONResponse(state, 200 if is_up else 503)
 
 
-def _error(error: BaseException) -> tuple[dict[str, Any], int]:
-    """Envelope and status of any error; what is not ours is logged and named no further."""
-    if isinstance(error, RequestError):
-        return openai.error_payload(str(error), error.status, error.param, error.code), error.status
-    if isinstance(error, CapacityError):
-        return openai.error_payload(str(error), 429, code="queue_full"), 429
-    if isinstance(error, HTTPException):
-        return openai.error_payload(error.detail, error.status_code), error.status_code
-    logger.error("request failed", exc_info=error)
-    return openai.error_payload("internal error; the server's log has the details", 500), 500
+async def metrics(request: Request) -> Response:
+    _client(request)
+    return Response(request.app.state.service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-async def _on_error(_: Request, error: Exception) -> Response:
+async def openapi(request: Request) -> Response:
+    return JSONResponse(document(request.app.state.service.name, __version__))
+
+
+def _dialect_of(path: str) -> Dialect:
+    """Which envelope an error on this path is told in."""
+    if "/messages" in path or path.startswith("/api/anthropic"):
+        return MESSAGES
+    return ZAI if path.startswith(("/api/paas", "/api/coding")) else CHAT
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    dialect = DIALECTS.get(request.url.path) or _dialect_of(request.url.path)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
-    payload, status = _error(error)
-    return JSONResponse(payload, status, headers={"retry-after": "1"} if status == 429 else {})
+    known = as_request_error(error)
+    request.app.state.service.metrics.requests.labels(dialect.name, str(known.status)).inc()
+    headers = {"retry-after": "1"} if known.status in (429, 503) else {}
+    if isinstance(error, HTTPException):
+        headers |= dict(error.headers or {})
+    return JSONResponse(dialect.error(known), known.status, headers=headers)
+
+
+def _endpoint(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        response = await _converse(request, dialect)
+        request.app.state.service.metrics.requests.labels(dialect.name, "200").inc()
+        return response
+
+    return endpoint
 
 
 def create_app(service: Service) -> Starlette:
-    routes = [
-        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
-        Route("/health", health),
-    ]
+    routes = [Route(path, _endpoint(dialect), methods=["POST"]) for path, dialect in DIALECTS.items()]
+    for prefix in ("/v1", "/api/paas/v4", "/api/coding/paas/v4", "/api/anthropic/v1"):
+        routes += [Route(f"{prefix}/models", models), Route(f"{prefix}/models/{{name:path}}", model)]
+    routes += [Route(f"{p}/v1/messages/count_tokens", count_tokens, methods=["POST"]) for p in ("", "/api/anthropic")]
+    routes += [
+        Route("/", root), Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi),
+        Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),
+    ]  # fmt: skip
     handled: tuple[type[Exception], ...] = (RequestError, CapacityError, HTTPException, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers={kind: _on_error for kind in handled})
     app.state.service = service

@@ -1,49 +1,108 @@
 """``glm52 serve``: load a model, bind the port, serve until told to stop."""
 
 import argparse
+import signal
 import socket
 import sys
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
 from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import resolve
-from glm52.server.app import Service, create_app
+from glm52.server.app import create_app
+from glm52.server.limits import Keys, Limits
+from glm52.server.service import Options, Service
 from glm52.session import Session, add_format_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 picks a free one")
-    parser.add_argument("--served-model-name", help="name clients use (default: the folder's)")
-    parser.add_argument("--context", type=int, help="cache rows shared by all requests")
-    parser.add_argument("--max-seqs", type=int, default=8, help="requests computed together (default: 8)")
-    parser.add_argument("--max-batch-tokens", type=int, default=512, help="tokens of one step (default: 512)")
-    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
+    add = parser.add_argument
+    add("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=int, default=8000, help="default: 8000; 0 picks a free one")
+    add("--served-model-name", action="append", metavar="NAME",
+        help="name clients use; may be repeated, the first stands in replies (default: the folder's)")  # fmt: skip
+    add("--api-key", action="append", default=[], metavar="KEY",
+        help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
+    add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
+    add("--context", type=int, help="cache rows shared by all requests")
+    add("--max-seqs", type=int, default=8, help="replies computed together (default: 8)")
+    add("--max-waiting", type=int, default=256, help="replies that may queue; more are refused (default: 256)")
+    add("--max-batch-tokens", type=int, default=512, help="tokens of one step (default: 512)")
+    add("--deadline", type=float, metavar="SECONDS", help="the longest a request may take (default: no limit)")
+    add("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
+    add("--mode", choices=["chat", "coding"], default="chat",
+        help="coding: keep all reasoning, think with Max effort, sample cooler (default: chat)")  # fmt: skip
+    add("--verbatim", action="store_true", help="leave clocks and meters in prompts as they are, though prefixes miss")
+    add("--log-prompts", action="store_true", help="with GLM52_LOG=INFO: also what was said, not only how much")
     add_format_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    keys = Keys(_read_keys(args.api_key))
+    if not (keys or args.insecure or _is_loopback(args.host)):
+        raise RequestError(
+            f"--host: {args.host} can be reached from other machines; give --api-key, or --insecure to let everyone in"
+        )
     listener = _bind(args.host, args.port)
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
         max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
     )  # fmt: skip
-    backend = AsyncEngine(session.engine)
-    name = args.served_model_name or session.name
+    backend = AsyncEngine(session.engine, max_waiting=args.max_seqs + args.max_waiting)
+    limits = Limits(max_running=args.max_seqs, max_waiting=args.max_waiting, deadline_s=args.deadline)
+    options = Options(
+        keys=keys, limits=limits, neutralise=not args.verbatim, mode=args.mode, log_prompts=args.log_prompts
+    )
+    name, *aliases = args.served_model_name or [session.name]
     service = Service(
-        backend, session.tokenizer, session.template, name=name, context_length=session.engine.context_length,
-        defaults=session.defaults,
+        backend, session.tokenizer, session.template, name=name, aliases=aliases, defaults=session.defaults,
+        context_length=session.engine.context_length, options=options,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-    uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning")).run(sockets=[listener])
+    _Server(service).run(sockets=[listener])
     backend.close()
     return 0
+
+
+class _Server(uvicorn.Server):
+    """Told to stop, it lets what runs end, for as long as the limits allow; a second Ctrl-C is heard at once."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(uvicorn.Config(create_app(service), log_level="warning", access_log=False))
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+        self._service.drain()
+
+
+def _read_keys(given: Sequence[str]) -> list[str]:
+    """Keys as they are given, and the lines of files."""
+    keys: list[str] = []
+    for key in given:
+        try:
+            lines = Path(key[1:]).read_text("utf-8").splitlines() if key.startswith("@") else [key]
+        except OSError as error:
+            raise RequestError(f"--api-key: cannot read {key[1:]} ({error.strerror})") from error
+        keys += [line.strip() for line in lines if line.strip()]
+    if given and not keys:
+        raise RequestError("--api-key: expected at least one key, found none")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,201 +1,225 @@
-"""The OpenAI chat-completions dialect: a body to a ``ChatRequest``, deltas to chunks or one completion. Pure functions.
+"""The OpenAI chat-completions dialect: a body to a ``ChatRequest``, answers to chunks or one completion. Pure.
 
-Fields that are null are absent. Fields nobody knows are accepted and listed, so that a response header can name them.
 Reasoning goes out as ``reasoning_content`` and as ``reasoning``, since clients read one or the other.
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from glm52.chat import (
-    ContentDelta,
-    Delta,
-    ReasoningDelta,
-    Reply,
-    Thinking,
-    ToolCallArguments,
-    ToolCallStart,
-)
-from glm52.engine import SamplingParams, TokenLogprob
+from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
+from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
-from glm52.server.request import ChatRequest, Usage
+from glm52.grammar import Grammar
+from glm52.server import thinking
+from glm52.server.request import (
+    Answer,
+    Body,
+    ChatRequest,
+    Defaults,
+    Frame,
+    Json,
+    Sampling,
+    ToolChoice,
+    Usage,
+    sampling,
+    stop_strings,
+    validated,
+)
 from glm52.tokenizer import Tokenizer
 
-Json = dict[str, Any]
-_OFF = {"none", "minimal"}
-_HIGH = {"low", "medium", "high"}
+MAX_ANSWERS = 8
+_Kind = Literal["json_schema", "regex", "grammar", "choice"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+class _StreamOptions(Body):
+    include_usage: bool | None = None
 
 
-class _Part(_Strict):
+class SharedBody(Sampling):
+    """What chat and text completions have in common. guided_*: the form of an answer as vLLM's clients ask for it, one
+    by one or all in structured_outputs."""
+
+    model: str | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    guided_json: Json | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: Json | None = None
+
+
+class _Part(Body):
     type: str
     text: str | None = None
 
 
-class _Function(_Strict):
+class _Function(Body):
     name: str
     arguments: str | Json | None = None
 
 
-class _Call(_Strict):
+class _Call(Body):
     function: _Function
 
 
-class _Message(_Strict):
+class _Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None
+    reasoning: Any = None
     tool_calls: list[_Call] | None = None
 
 
-class _Definition(_Strict):
+class _Definition(Body):
     name: str
     parameters: Json | None = None
 
 
-class _Tool(_Strict):
-    type: Literal["function"] = "function"
-    function: _Definition
+class _Tool(Body):
+    type: str = "function"
+    function: _Definition | None = None
 
 
-class _StreamOptions(_Strict):
-    include_usage: bool | None = None
+class _Format(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Json | None = None
 
 
-class _Thinking(_Strict):
-    type: Literal["enabled", "disabled"] | None = None
-    clear_thinking: bool | None = None
+class ChatBody(SharedBody, thinking.ThinkingFields):
+    """What a client may send. Every field but messages may be missing or null."""
 
-
-class _TemplateOptions(_Strict):
-    enable_thinking: bool | None = None
-    reasoning_effort: str | None = None
-    clear_thinking: bool | None = None
-
-
-class ChatBody(_Strict):
-    """What a client may send. Every field but model and messages may be missing or null."""
-
-    model: str | None = None
     messages: list[_Message]
     tools: list[_Tool] | None = None
     tool_choice: str | Json | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: _Format | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    n: int | None = None
-    reasoning_effort: str | None = None
-    thinking: _Thinking | None = None
-    chat_template_kwargs: _TemplateOptions | None = None
 
 
-def read_request(body: Any, defaults: Mapping[str, Any]) -> ChatRequest:
-    """A decoded JSON body as a request; RequestError names the field at fault. defaults: generation_config.json."""
-    if not isinstance(body, dict):
-        raise RequestError(f"expected a JSON object, found {type(body).__name__}")
-    try:
-        chat = ChatBody.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"] if p not in ("str", "list[_Part]", "function-after"))
-        raise RequestError(f"{where}: {first['msg']}", param=where) from error
+def read(body: Any, defaults: Defaults) -> ChatRequest:
+    """A decoded JSON body as a request; RequestError names the field at fault."""
+    return translate(validated(ChatBody, body), defaults)
+
+
+def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
     if not chat.messages:
         raise RequestError("messages: expected at least one message, found none", param="messages")
-    if chat.n is not None and not 1 <= chat.n <= 8:
-        raise RequestError(f"n: expected 1 to 8, found {chat.n}", param="n")
+    limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
+    tools, skipped = _tools(chat)
+    choice = tool_choice(chat.tool_choice, tools)
     return ChatRequest(
         model=chat.model or "",
         messages=[_message(m) for m in chat.messages],
-        params=_params(chat, defaults),
-        thinking=_thinking(chat),
-        tools=_tools(chat),
+        params=sampling(
+            chat, defaults, coding=chat.mode == "coding", max_tokens=limit, stop=stop_strings(chat.stop),
+            logit_bias=token_bias(chat), logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        ),
+        thinking=thinking.read(chat),
+        show_reasoning=thinking.is_shown(chat),
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=chat.parallel_tool_calls is not False,
+        structure=_structure(chat),
         stream=bool(chat.stream),
-        include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
-        n=chat.n or 1,
-        ignored=tuple(sorted(chat.model_extra or ())),
-    )
+        include_usage=wants_usage(chat),
+        n=num_answers(chat),
+        ignored=(*sorted(chat.model_extra or ()), *skipped),
+    )  # fmt: skip
 
 
 def _message(message: _Message) -> Json:
     out = message.model_dump(exclude_none=True)
-    if "reasoning" in out:
-        out.setdefault("reasoning_content", out.pop("reasoning"))
+    reasoning = out.pop("reasoning", None)
+    if isinstance(reasoning, str):
+        out.setdefault("reasoning_content", reasoning)
+    if isinstance(out.get("content"), list):
+        out["content"] = [p | {"type": "text"} if "text" in p else p for p in out["content"]]
     return out
 
 
-def _tools(chat: ChatBody) -> list[Json] | None:
-    choice = chat.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise RequestError(
-            f"tool_choice: 'auto' and 'none' are supported, found {json.dumps(choice)}", param="tool_choice"
-        )
-    if choice == "none" or not chat.tools:
-        return None
-    return [t.model_dump(exclude_none=True) for t in chat.tools]
+def _tools(chat: ChatBody) -> tuple[list[Json] | None, list[str]]:
+    """Definitions of functions, and which tools were something else."""
+    kept, skipped = [], []
+    for i, tool in enumerate(chat.tools or ()):
+        if tool.type != "function":
+            skipped.append(f"tools.{i} ({tool.type})")
+        elif tool.function is None:
+            raise RequestError(f"tools.{i}.function: Field required", param=f"tools.{i}.function")
+        else:
+            kept.append(tool.model_dump(exclude_none=True))
+    return kept or None, skipped
 
 
-def _thinking(chat: ChatBody) -> Thinking:
-    """thinking.type, then chat_template_kwargs, then reasoning_effort decide; the default is on, with effort max."""
-    options = chat.chat_template_kwargs or _TemplateOptions()
-    given = chat.thinking or _Thinking()
-    effort = chat.reasoning_effort or options.reasoning_effort
-    if effort is not None and effort not in _OFF | _HIGH | {"xhigh", "max"}:
-        raise RequestError(
-            f"reasoning_effort: expected none, minimal, low, medium, high, xhigh or max, found {effort!r}",
-            param="reasoning_effort",
-        )
-    enabled = effort not in _OFF
-    if options.enable_thinking is not None:
-        enabled = options.enable_thinking
-    if given.type is not None:
-        enabled = given.type == "enabled"
-    clear = options.clear_thinking if given.clear_thinking is None else given.clear_thinking
-    return Thinking(enabled=enabled, effort="high" if effort in _HIGH else "max", clear=clear)
+def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolChoice:
+    """auto, none, required or any; an object with the name of one of the tools."""
+    names = [t["function"]["name"] for t in tools or ()]
+    kind = given.get("type") if isinstance(given, dict) else given
+    if kind in (None, "auto", "none"):
+        return ToolChoice("none" if kind == "none" else "auto")
+    if kind in ("required", "any"):
+        if not names:
+            raise RequestError("tool_choice: a call is required, but tools has no function", param="tool_choice")
+        return ToolChoice("required")
+    if isinstance(given, dict):
+        name = (given.get("function") or given).get("name")
+        if name in names:
+            return ToolChoice("named", name)
+        raise RequestError(f"tool_choice: expected the name of one of the tools, found {name!r}", param="tool_choice")
+    raise RequestError(
+        f"tool_choice: expected auto, none, required or an object with a tool's name, found {json.dumps(given)}",
+        param="tool_choice",
+    )
 
 
-def _params(chat: ChatBody, defaults: Mapping[str, Any]) -> SamplingParams:
-    given: Json = {
-        name: getattr(chat, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                     "repetition_penalty", "seed")
-        if getattr(chat, name) is not None
-    }  # fmt: skip
-    for name in ("temperature", "top_p", "top_k"):
-        if name not in given and defaults.get(name) is not None:
-            given[name] = defaults[name]
-    limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
-    if limit is not None:
-        given["max_tokens"] = limit
-    stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop or []
+def _structure(chat: ChatBody) -> Grammar | None:
+    """response_format, or what vLLM's clients send."""
+    form = chat.response_format
+    if form is None or form.type == "text":
+        return guided_structure(chat)
+    given = form.json_schema or {}
+    return Grammar.structured(
+        form.type, given.get("schema"), strict=bool(given.get("strict")), param="response_format.json_schema.schema"
+    )
+
+
+def guided_structure(body: SharedBody) -> Grammar | None:
+    kinds: dict[str, _Kind] = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+    for name, kind in kinds.items():
+        for param, value in (
+            (f"guided_{name}", getattr(body, f"guided_{name}")),
+            (f"structured_outputs.{name}", (body.structured_outputs or {}).get(name)),
+        ):
+            if value is not None:
+                return Grammar.structured(kind, value, strict=False, param=param)
+    return None
+
+
+def num_answers(body: SharedBody) -> int:
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= MAX_ANSWERS:
+        raise RequestError(f"n: expected 1 to {MAX_ANSWERS}, found {n}", param="n")
+    return n
+
+
+def wants_usage(body: SharedBody) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def token_bias(body: SharedBody) -> dict[int, float]:
     try:
-        bias = {int(k): v for k, v in (chat.logit_bias or {}).items()}
+        return {int(k): v for k, v in (body.logit_bias or {}).items()}
     except ValueError as error:
         raise RequestError("logit_bias: expected token ids as keys", param="logit_bias") from error
-    return SamplingParams(
-        **given, stop=tuple(stop), logit_bias=bias, logprobs=(chat.top_logprobs or 0) if chat.logprobs else None
-    )
 
 
 # ── Responses ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,72 +228,130 @@ def _params(chat: ChatBody, defaults: Mapping[str, Any]) -> SamplingParams:
 class Writer:
     """Writes one response: its id and time are drawn once."""
 
-    def __init__(self, request: ChatRequest, model: str) -> None:
-        self.request, self.model = request, model
-        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+    keep_alive = b": still working\n\n"
+    usage_in_last_chunk = False
 
-    def chunk(self, index: int, delta: Json, finish_reason: str | None = None, logprobs: Json | None = None) -> Json:
-        choice: Json = {"index": index, "delta": delta, "finish_reason": finish_reason}
+    def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
+        self.request, self.model, self._tokenizer = request, model, tokenizer
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._held: dict[tuple[int, int], Json] = {}
+
+    def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.request.n)]
+
+    def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
+        payloads = [p for d in deltas for p in self._payloads(answer.index, d)]
+        if logprobs and self.request.params.logprobs is not None:
+            said = logprobs_payload(self._tokenizer, logprobs)
+            first, *rest = payloads or [{}]
+            return [self._chunk(answer.index, first, logprobs=said), *(self._chunk(answer.index, p) for p in rest)]
+        return [self._chunk(answer.index, p) for p in payloads]
+
+    def end(self, answer: Answer) -> list[Frame]:
+        """A call that was cut off goes out as it stands; then the reason."""
+        cut = [key for key in self._held if key[0] == answer.index]
+        frames = [self._chunk(answer.index, self._held.pop(key)) for key in cut]
+        if not self.usage_in_last_chunk:
+            frames.append(self._chunk(answer.index, {}, self._ending(answer)))
+        return frames
+
+    def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
+        frames: list[Frame] = []
+        if self.usage_in_last_chunk:
+            frames += [self._chunk(a.index, {}, self._ending(a), usage=usage) for a in answers]
+        elif self.request.include_usage:
+            frames.append((None, self._envelope("chat.completion.chunk") | {"choices": [], **_usage(usage)}))
+        return [*frames, (None, "[DONE]")]
+
+    def fail(self, error: RequestError) -> list[Frame]:
+        return [(None, error_payload(error))]
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
+        choices = [self._choice(a) for a in answers]
+        return self._envelope("chat.completion") | {"choices": choices, **_usage(usage)}
+
+    def finish_reason(self, answer: Answer) -> str:
+        if answer.reason == "context":
+            return "length"
+        return "tool_calls" if answer.has_calls and answer.reason == "stop" else answer.reason
+
+    def _ending(self, answer: Answer) -> Json:
+        """Why an answer ended and, where the budget did that, how its thinking ended."""
+        closed = {"thinking_closed": answer.thinking_closed} if answer.thinking_closed else {}
+        return {"finish_reason": self.finish_reason(answer), **closed}
+
+    def _choice(self, answer: Answer) -> Json:
+        reply = answer.reply
+        message: Json = {"role": "assistant", "content": reply.content or (None if reply.tool_calls else "")}
+        if reply.reasoning:
+            message |= {"reasoning_content": reply.reasoning, "reasoning": reply.reasoning}
+        if reply.tool_calls:
+            message["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in reply.tool_calls
+            ]
+        wanted = self.request.params.logprobs is not None
+        said = logprobs_payload(self._tokenizer, answer.logprobs) if wanted else None
+        return {"index": answer.index, "message": message, **self._ending(answer), "logprobs": said}
+
+    def _payloads(self, choice: int, delta: Delta) -> list[Json]:
+        """``delta`` objects. The name of a call comes once and whole, its arguments as growing JSON text, or the call
+        complete where the client wants that. Diagnostics are not part of this dialect."""
+        match delta:
+            case ReasoningDelta(text):
+                return [{"reasoning_content": text, "reasoning": text}]
+            case ContentDelta(text):
+                return [{"content": text}]
+            case ToolCallStart(index, id, name):
+                call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+                if self.request.whole_calls:
+                    self._held[choice, index] = {"tool_calls": [call]}
+                    return []
+                return [{"tool_calls": [call]}]
+            case ToolCallArguments(index, text):
+                if self.request.whole_calls:
+                    self._held[choice, index]["tool_calls"][0]["function"]["arguments"] += text
+                    return []
+                return [{"tool_calls": [{"index": index, "function": {"arguments": text}}]}]
+            case ToolCallEnd(index) if self.request.whole_calls:
+                return [self._held.pop((choice, index))]
+            case _:
+                return []
+
+    def _chunk(
+        self, index: int, delta: Json, ending: Json | None = None, logprobs: Json | None = None,
+        usage: Usage | None = None,
+    ) -> Frame:  # fmt: skip
+        choice: Json = {"index": index, "delta": delta, "finish_reason": None} | (ending or {})
         if logprobs is not None:
             choice["logprobs"] = logprobs
-        return self._envelope("chat.completion.chunk") | {"choices": [choice]}
-
-    def chunks(self, index: int, deltas: Iterable[Delta]) -> list[Json]:
-        """Stream chunks of parser deltas; diagnostics are not part of this dialect."""
-        payloads = (delta_payload(d) for d in deltas)
-        return [self.chunk(index, p) for p in payloads if p is not None]
-
-    def usage_chunk(self, usage: Usage) -> Json:
-        return self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage_payload(usage)}
-
-    def completion(self, choices: Sequence[Json], usage: Usage) -> Json:
-        return self._envelope("chat.completion") | {"choices": list(choices), "usage": usage_payload(usage)}
+        return None, self._envelope("chat.completion.chunk") | {"choices": [choice]} | (_usage(usage) if usage else {})
 
     def _envelope(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-def choice_payload(index: int, reply: Reply, finish_reason: str, logprobs: Json | None) -> Json:
-    """One choice of a completion that is not streamed."""
-    message: Json = {"role": "assistant", "content": reply.content or (None if reply.tool_calls else "")}
-    if reply.reasoning:
-        message |= {"reasoning_content": reply.reasoning, "reasoning": reply.reasoning}
-    if reply.tool_calls:
-        message["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-            for c in reply.tool_calls
-        ]
-    return {"index": index, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}
-
-
-def delta_payload(delta: Delta) -> Json | None:
-    """The ``delta`` of a chunk. The name of a call comes once and whole, its arguments as growing JSON text."""
-    match delta:
-        case ReasoningDelta(text):
-            return {"reasoning_content": text, "reasoning": text}
-        case ContentDelta(text):
-            return {"content": text}
-        case ToolCallStart(index, id, name):
-            function = {"name": name, "arguments": ""}
-            return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
-        case ToolCallArguments(index, text):
-            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-        case _:
-            return None
-
-
-def finish_reason(engine_reason: str, has_calls: bool) -> str:
-    return "tool_calls" if has_calls and engine_reason == "stop" else engine_reason
+def _usage(usage: Usage) -> Json:
+    return {"usage": usage_payload(usage)}
 
 
 def usage_payload(usage: Usage) -> Json:
+    cached, reasoning = usage_details(usage)
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "prompt_tokens_details": cached,
+        "completion_tokens_details": reasoning,
     }
+
+
+def usage_details(usage: Usage) -> tuple[Json, Json]:
+    """Of the prompt, with the divergence from an earlier one if asked for; and of the reply, with how the budget ended
+    its thinking if it did."""
+    divergence = {"divergence": usage.divergence} if usage.divergence else {}
+    closed = {"thinking_closed": usage.thinking_closed} if usage.thinking_closed else {}
+    return {"cached_tokens": usage.cached_tokens} | divergence, {"reasoning_tokens": usage.reasoning_tokens} | closed
 
 
 def logprobs_payload(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> Json:
@@ -282,20 +364,22 @@ def logprobs_payload(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> 
     ]}  # fmt: skip
 
 
-def error_payload(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:
-    kind = (
-        "invalid_request_error"
-        if status < 500 and status != 429
-        else "rate_limit_error"
-        if status == 429
-        else "server_error"
-    )
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def error_payload(error: RequestError) -> Json:
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def models_payload(names: Sequence[str], created: int, context_length: int) -> Json:
-    return {"object": "list", "data": [model_payload(n, created, context_length) for n in names]}
+    """The union of what OpenAI's and Anthropic's clients read."""
+    data = [model_payload(n, created, context_length) for n in names]
+    return {"object": "list", "data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
 
 def model_payload(name: str, created: int, context_length: int) -> Json:
-    return {"id": name, "object": "model", "created": created, "owned_by": "glm52", "max_model_len": context_length}
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))
+    return {
+        "id": name, "object": "model", "created": created, "owned_by": "glm52", "max_model_len": context_length,
+        "type": "model", "display_name": name, "created_at": when, "context_length": context_length,
+        "max_input_tokens": context_length, "max_tokens": context_length,
+    }  # fmt: skip

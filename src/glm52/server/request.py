@@ -1,32 +1,235 @@
-"""The one request every dialect translates to."""
+"""The one request every dialect translates to, the one answer they write from, and how a body is read.
 
-from dataclasses import dataclass, field
-from typing import Any
+Null is absent. Fields nobody knows are accepted and listed, so that a response header can name them.
+"""
 
-from glm52.chat import Thinking
-from glm52.engine import SamplingParams
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from glm52.chat import Delta, ReasoningDelta, Reply, ReplyParser, Thinking, ToolCallEnd, ToolCallStart, collect
+from glm52.engine import Event, Repetition, SamplingParams, TokenLogprob
+from glm52.errors import RequestError
+from glm52.grammar import Grammar
+
+Json = dict[str, Any]
+Defaults = Mapping[str, Any]  # generation_config.json
+CODING_SAMPLING: Json = {"temperature": 0.7, "top_p": 1.0}
+
+
+class Body(BaseModel):
+    """Strict about the types of what is known, open to what is not."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(kind: type[Model], body: Any) -> Model:
+    """A decoded JSON body as ``kind``; RequestError names the field at fault."""
+    if not isinstance(body, dict):
+        raise RequestError(f"expected a JSON object, found {type(body).__name__}")
+    try:
+        return kind.model_validate({k: v for k, v in body.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = _where(first["loc"], body, first["type"] == "missing")
+        raise RequestError(f"{where}: {first['msg']}", param=where) from error
+
+
+def _where(location: Sequence[int | str], body: Any, is_missing: bool) -> str:
+    """The path of a field in the body, without the names pydantic gives to the branches of a union."""
+    path, node = [], body
+    for part in location:
+        inside = node if isinstance(node, dict) else dict(enumerate(node)) if isinstance(node, list) else {}
+        if part in inside:
+            node = inside[part]
+            path.append(str(part))
+    if is_missing:
+        path.append(str(location[-1]))
+    return ".".join(path)
+
+
+class Sampling(Body):
+    """Fields of sampling that dialects share."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+def sampling(body: Sampling, defaults: Defaults, *, coding: bool = False, **more: Any) -> SamplingParams:
+    """Given fields before those of coding mode before the checkpoint's. more: fields that are the dialect's own."""
+    given = {name: getattr(body, name) for name in Sampling.model_fields}
+    own = {n: defaults[n] for n in ("temperature", "top_p", "top_k") if defaults.get(n) is not None}
+    known = own | (CODING_SAMPLING if coding else {}) | {k: v for k, v in given.items() if v is not None}
+    return SamplingParams(**known, **{k: v for k, v in more.items() if v is not None})
+
+
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether tools are called: as the model sees fit, never, at least one, or the one that is named."""
+
+    kind: Literal["auto", "none", "required", "named"] = "auto"
+    name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A conversation to continue. ignored: fields of the body that were accepted and have no meaning here."""
+    """A conversation to continue, or ``prompts`` (texts or token ids) to continue as they stand.
+
+    structure: the form the answer must have. ignored: fields of the body that were accepted and have no meaning here.
+    n: answers for each prompt. request_id: the client's own. show_reasoning: whether it wants to see it. whole_calls:
+    calls are streamed complete. raw: what the dialect wants to remember of the body for its answer."""
 
     model: str
-    messages: list[dict[str, Any]]
     params: SamplingParams
+    messages: list[Json] = field(default_factory=list)
+    prompts: tuple[str | list[int], ...] | None = None
     thinking: Thinking = field(default_factory=Thinking)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Json] | None = None
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_calls: bool = True
+    structure: Grammar | None = None
     stream: bool = False
     include_usage: bool = False
+    show_reasoning: bool = True
+    whole_calls: bool = False
+    echo: bool = False
     n: int = 1
+    request_id: str | None = None
     ignored: tuple[str, ...] = ()
+    raw: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one request. thinking_closed: how an over-long reasoning was ended. divergence: why the prefix cache
+    held no more, if that was asked for."""
 
     prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    reasoning_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    thinking_closed: Literal["soft", "hard"] | None = None
+    divergence: Json | None = None
+
+
+def guided(request: ChatRequest) -> SamplingParams:
+    """Its sampling with what the reply must keep to: the form, and in a conversation also the budget of thinking, the
+    tools, and no loops. RequestError if the form cannot be held."""
+    grammar, choice = request.structure, request.tool_choice
+    if request.prompts is not None:
+        return replace(request.params, grammar=grammar)
+    if request.tools and not (grammar and choice.kind == "none"):
+        grammar = Grammar.tool_calls(
+            request.tools, choice.kind, name=choice.name, parallel=request.parallel_calls, answer=grammar
+        )
+    budget = request.thinking.budget if request.thinking.enabled else None
+    return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=Repetition())
+
+
+class ContextOverflow(RequestError):
+    """A prompt longer than the model can hold; every dialect has its own words for it."""
+
+    def __init__(self, prompt_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
+            f"{prompt_tokens} tokens. Please reduce the length of the messages.",
+            param="messages", code="context_length_exceeded",
+        )  # fmt: skip
+        self.prompt_tokens, self.limit = prompt_tokens, limit
+
+
+class Answer:
+    """One reply while it arrives: parses the text, counts what it was made of. Pure: it is fed events.
+
+    reason: why it ended, in the engine's words, and ``context`` where the model's longest context was the limit."""
+
+    def __init__(self, request: ChatRequest, prompt: Sequence[int], index: int, *, context_length: int) -> None:
+        self.request, self.prompt, self.index = request, prompt, index
+        self._thinks = request.prompts is None and request.thinking.enabled
+        callable_tools = None if request.tool_choice.kind == "none" else request.tools
+        self._parser = ReplyParser(callable_tools, thinking=self._thinks) if request.prompts is None else None
+        self._context_length = context_length
+        self.deltas: list[Delta] = []
+        self.text, self.reasoning = "", ""
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
+        self.tokens = list(prompt)
+        self.reasoning_tokens = self.cached_tokens = 0
+        self.thinking_closed: Literal["soft", "hard"] | None = None
+        self.stop_string: str | None = None
+        self.reason = ""
+
+    def take(self, event: Event) -> list[Delta]:
+        """What an event brings, without the reasoning where the client wants none."""
+        seq = event.seq
+        self.tokens += event.token_ids
+        self.cached_tokens, self.reasoning_tokens = seq.num_cached_tokens, seq.num_reasoning
+        self.thinking_closed = seq.thinking_closed
+        self.logprobs += event.logprobs
+        self.text += event.text
+        new = self._parser.feed(event.text) if self._parser else []
+        if event.finish_reason is not None:
+            self.reason = event.finish_reason
+            self.stop_string, self.prompt_logprobs = seq.stop_string, seq.prompt_logprobs
+            if self.reason == "length" and len(self.tokens) >= self._context_length:
+                self.reason = "context"
+            new += self._parser.close() if self._parser else []
+        self.reasoning += "".join(d.text for d in new if isinstance(d, ReasoningDelta))
+        if not self.request.show_reasoning:
+            new = [d for d in new if not isinstance(d, ReasoningDelta)]
+        self.deltas += new
+        return new
+
+    @property
+    def reply(self) -> Reply:
+        return collect(self.deltas, thinking=self._thinks and self.request.show_reasoning)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def content_logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens after the reasoning and its end."""
+        return self.logprobs[self.reasoning_tokens + 1 :] if self._thinks else self.logprobs
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether tools are called, and every call is whole."""
+        begun = sum(isinstance(d, ToolCallStart) for d in self.deltas)
+        return begun > 0 and begun == sum(isinstance(d, ToolCallEnd) for d in self.deltas)
+
+
+def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage:
+    """The sum over a request's answers; a prompt that was answered several times counts once."""
+    firsts = {id(a.prompt): a for a in reversed(answers)}.values()
+    closed = {a.thinking_closed for a in answers}
+    return Usage(
+        prompt_tokens=sum(len(a.prompt) for a in firsts),
+        completion_tokens=sum(a.completion_tokens for a in answers),
+        cached_tokens=sum(a.cached_tokens for a in firsts),
+        reasoning_tokens=sum(a.reasoning_tokens for a in answers),
+        thinking_closed="hard" if "hard" in closed else "soft" if "soft" in closed else None,
+        divergence=divergence,
+    )
+
+
+# ── What a dialect is ────────────────────────────────────────────────────────────────────────────────────────────
+
+# A server-sent event: its name, or None where the dialect names none, and its data.
+Frame = tuple[str | None, Json | str]

@@ -1,0 +1,150 @@
+"""The OpenAI text-completions dialect: prompts as texts or token ids, batches, ``echo`` and log probabilities. Pure.
+
+Prompts are continued as they stand: no template, no parsing; the strings of special tokens are special tokens. With
+``echo`` and ``logprobs`` the prompt's own log probabilities are computed, which is what evaluation harnesses read; they
+count on one token after it, so that one may be the end of the text.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from glm52.chat import Delta, Thinking
+from glm52.engine import TokenLogprob
+from glm52.errors import RequestError
+from glm52.server.openai import (
+    SharedBody,
+    error_payload,
+    guided_structure,
+    num_answers,
+    token_bias,
+    usage_payload,
+    wants_usage,
+)
+from glm52.server.request import Answer, ChatRequest, Defaults, Frame, Json, Usage, sampling, stop_strings, validated
+from glm52.tokenizer import Tokenizer
+
+MAX_PROMPTS = 1024
+
+
+class TextBody(SharedBody):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    ignore_eos: bool | None = None
+
+
+def read(body: Any, defaults: Defaults) -> ChatRequest:
+    text = validated(TextBody, body)
+    limit = 16 if text.max_tokens is None else text.max_tokens
+    if limit == 0 and not text.echo:
+        raise RequestError("max_tokens: expected at least 1 without echo, found 0", param="max_tokens")
+    scores_only = text.echo and limit <= 1  # one token is computed that nobody reads, so any will do
+    params = sampling(
+        text, defaults, max_tokens=1 if limit == 0 else limit, stop=stop_strings(text.stop),
+        logit_bias=token_bias(text), logprobs=text.logprobs, ignore_eos=text.ignore_eos or scores_only or None,
+        prompt_logprobs=text.logprobs if text.echo else None,
+    )  # fmt: skip
+    return ChatRequest(
+        model=text.model or "", params=params, prompts=_prompts(text.prompt), structure=guided_structure(text),
+        thinking=Thinking(enabled=False), n=num_answers(text), echo=bool(text.echo), stream=bool(text.stream),
+        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())), raw={"only_echo": limit == 0},
+    )  # fmt: skip
+
+
+def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> tuple[str | list[int], ...]:
+    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+    prompts: tuple[Any, ...] = (given,) if is_one else tuple(given)
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, found {len(prompts)}", param="prompt")
+    return prompts
+
+
+class Writer:
+    """Writes one response; a choice is its prompt, where echoed, and what follows."""
+
+    keep_alive = b": still working\n\n"
+
+    def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
+        self.request, self.model, self._tokenizer = request, model, tokenizer
+        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._offsets: dict[int, int] = {}
+        self._said: dict[int, int] = {}
+
+    def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
+        return []
+
+    def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
+        """With echo, all comes at the end: the prompt's log probabilities are known only then."""
+        at = self._said.get(answer.index, 0)
+        if self.request.echo or at == len(answer.text):
+            return []
+        self._said[answer.index] = len(answer.text)
+        said = None
+        if self.request.params.logprobs is not None:
+            said = self._logprobs(answer.index, [(t.token_id, t) for t in logprobs])
+        return [self._chunk(answer, answer.text[at:], None, said)]
+
+    def end(self, answer: Answer) -> list[Frame]:
+        if self.request.echo:
+            whole = self._choice(answer)
+            return [self._chunk(answer, whole["text"], whole["finish_reason"], whole["logprobs"])]
+        return [self._chunk(answer, "", _finish_reason(answer), None)]
+
+    def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
+        frames: list[Frame] = []
+        if self.request.include_usage:
+            frames.append((None, self._envelope() | {"choices": [], "usage": usage_payload(usage)}))
+        return [*frames, (None, "[DONE]")]
+
+    def fail(self, error: RequestError) -> list[Frame]:
+        return [(None, error_payload(error))]
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
+        return self._envelope() | {"choices": [self._choice(a) for a in answers], "usage": usage_payload(usage)}
+
+    def _choice(self, answer: Answer) -> Json:
+        only_echo = self.request.raw.get("only_echo")
+        text = "" if only_echo else answer.text
+        entries = [] if only_echo else [(t.token_id, t) for t in answer.logprobs]
+        if self.request.echo:
+            text = self._tokenizer.decode(list(answer.prompt)) + text
+            entries = [*zip(answer.prompt, answer.prompt_logprobs, strict=False), *entries]  # type: ignore[list-item]
+        said = self._logprobs(answer.index, entries) if self.request.params.logprobs is not None else None
+        reason = "length" if only_echo else _finish_reason(answer)
+        return {"index": answer.index, "text": text, "logprobs": said, "finish_reason": reason}
+
+    def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
+        """Four lists of equal length. The first token of a prompt has no probability."""
+        texts = [self._tokenizer.decode([token]) for token, _ in entries]
+        offset, offsets = self._offsets.get(index, 0), []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[index] = offset
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if t is None else t.logprob for _, t in entries],
+            "top_logprobs": [None if t is None else self._top(t) for _, t in entries],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: TokenLogprob) -> dict[str, float]:
+        """The likeliest alternatives and the token itself. Where two tokens read the same, the likelier stands."""
+        out: dict[str, float] = {}
+        for i, p in [*token.top.items(), (token.token_id, token.logprob)]:
+            out.setdefault(self._tokenizer.decode([i]), p)
+        return out
+
+    def _chunk(self, answer: Answer, text: str, reason: str | None, logprobs: Json | None) -> Frame:
+        choice = {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return None, self._envelope() | {"choices": [choice]}
+
+    def _envelope(self) -> Json:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+
+def _finish_reason(answer: Answer) -> str:
+    return "length" if answer.reason == "context" else answer.reason

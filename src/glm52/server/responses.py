@@ -1,0 +1,398 @@
+"""The OpenAI responses dialect: a body to a ``ChatRequest``, answers to typed events, the last with the whole. Pure.
+
+Nothing is stored: a client sends its whole conversation. Reasoning goes out as text or, where the client asks for a
+summary, as that; where it asks for it encrypted, also as an opaque string that it can send back.
+"""
+
+import base64
+import binascii
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
+from glm52.engine import TokenLogprob
+from glm52.errors import RequestError
+from glm52.grammar import Grammar
+from glm52.server import thinking
+from glm52.server.openai import logprobs_payload, tool_choice, usage_details
+from glm52.server.request import (
+    Answer,
+    Body,
+    ChatRequest,
+    ContextOverflow,
+    Defaults,
+    Frame,
+    Json,
+    Sampling,
+    Usage,
+    sampling,
+    validated,
+)
+from glm52.tokenizer import Tokenizer
+
+_OPAQUE = "glm52:"
+# Ends of a reply that is not whole, and what the dialect calls them.
+_CUT = {"length": "max_output_tokens", "context": "max_output_tokens", "repetition": "repetition"}
+
+
+class _Tool(Body):
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: Json | None = None
+
+
+class _Text(Body):
+    format: Json | None = None
+    verbosity: str | None = None
+
+
+class ResponsesBody(Sampling, thinking.ThinkingFields):
+    """What a client may send; several fields are only said back in the response."""
+
+    model: str | None = None
+    input: str | list[Json]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None
+    text: _Text | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    metadata: Json | None = None
+    previous_response_id: str | None = None
+    background: bool | None = None
+    store: bool | None = None
+    stream: bool | None = None
+
+
+def read(body: Any, defaults: Defaults) -> ChatRequest:
+    """A decoded JSON body as a request; RequestError names the field at fault."""
+    b = validated(ResponsesBody, body)
+    if b.previous_response_id:
+        raise RequestError("previous_response_id: responses are not stored here; send the whole conversation as input",
+                           param="previous_response_id")  # fmt: skip
+    if b.background:
+        raise RequestError("background: responses are not stored here; use stream", param="background")
+    tools, skipped = _tools(b.tools or [])
+    choice = tool_choice(b.tool_choice, tools)
+    first = [{"role": "system", "content": b.instructions}] if b.instructions else []
+    messages = [*first, *_messages(b.input)]
+    if len(messages) == len(first):
+        raise RequestError("input: expected at least one message, found none", param="input")
+    include = b.include or []
+    wanted = "message.output_text.logprobs" in include or b.top_logprobs
+    return ChatRequest(
+        model=b.model or "",
+        messages=messages,
+        params=sampling(b, defaults, coding=b.mode == "coding", max_tokens=b.max_output_tokens,
+                        logprobs=(b.top_logprobs or 0) if wanted else None),
+        thinking=thinking.read(b),
+        show_reasoning=thinking.is_shown(b),
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=b.parallel_tool_calls is not False,
+        structure=_structure(b),
+        stream=bool(b.stream),
+        ignored=(*sorted(b.model_extra or ()), *skipped),
+        raw=body | {"encrypted": "reasoning.encrypted_content" in include},
+    )  # fmt: skip
+
+
+def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, list[str]]:
+    """Definitions in the form the template knows, and which tools only OpenAI's own servers could run."""
+    kept, skipped = [], []
+    for i, tool in enumerate(given):
+        if tool.type != "function":
+            skipped.append(f"tools.{i} ({tool.type})")
+        elif not tool.name:
+            raise RequestError(f"tools.{i}.name: Field required", param=f"tools.{i}.name")
+        else:
+            function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters or {}}
+            kept.append({"type": "function", "function": function})
+    return kept or None, skipped
+
+
+def _structure(body: ResponsesBody) -> Grammar | None:
+    form = (body.text and body.text.format) or {"type": "text"}
+    if form.get("type") == "text":
+        return None
+    if form.get("type") not in ("json_object", "json_schema"):
+        raise RequestError("text.format: expected text, json_object, or json_schema with a schema", param="text.format")
+    return Grammar.structured(
+        form["type"], form.get("schema"), strict=bool(form.get("strict")), param="text.format.schema"
+    )
+
+
+# ── Input items ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _messages(given: str | list[Json]) -> list[Json]:
+    """Items as messages: reasoning, text and calls of one turn of the assistant become one message."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    out: list[Json] = []
+    for i, item in enumerate(given):
+        at = f"input.{i}"
+        kind = item.get("type") or "message"
+        if kind == "message":
+            role = item.get("role")
+            if role not in ("system", "developer", "user", "assistant"):
+                raise RequestError(f"{at}.role: expected system, developer, user or assistant, found {role!r}",
+                                   param=f"{at}.role")  # fmt: skip
+            content = _content(item.get("content"), f"{at}.content")
+            if role == "assistant":
+                turn = _turn(out)
+                turn["content"] += "".join(p.get("text", "") for p in content)
+            else:
+                out.append({"role": role, "content": content})
+        elif kind == "reasoning":
+            turn = _turn(out, begins=True)
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + _reasoning(item)
+        elif kind == "function_call":
+            _add_call(_turn(out), item, at)
+        elif kind == "function_call_output":
+            content = _content(item.get("output"), f"{at}.output")
+            out.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+        elif kind == "item_reference":
+            raise RequestError(f"{at}: items are not stored here; send them whole", param=at)
+    for message in out:
+        if message.get("reasoning_content") == "":
+            del message["reasoning_content"]
+    return out
+
+
+def _turn(out: list[Json], *, begins: bool = False) -> Json:
+    """The assistant's message that is being put together; reasoning after an answer begins another."""
+    last = out[-1] if out else {}
+    if last.get("role") != "assistant" or (begins and (last["content"] or last.get("tool_calls"))):
+        out.append({"role": "assistant", "content": ""})
+    return out[-1]
+
+
+def _add_call(turn: Json, item: Json, at: str) -> None:
+    if not isinstance(item.get("name"), str):
+        raise RequestError(f"{at}.name: expected the name of a function", param=f"{at}.name")
+    function = {"name": item["name"], "arguments": item.get("arguments") or "{}"}
+    turn.setdefault("tool_calls", []).append({"id": item.get("call_id"), "type": "function", "function": function})
+
+
+def _content(given: Any, at: str) -> list[Json]:
+    if given is None or isinstance(given, str):
+        return [{"type": "text", "text": given or ""}]
+    if not isinstance(given, list) or not all(isinstance(p, dict) for p in given):
+        raise RequestError(f"{at}: expected a string or a list of parts", param=at)
+    parts = []
+    for part in given:
+        text = part.get("text") if part.get("text") is not None else part.get("refusal")
+        if isinstance(text, str):
+            parts.append({"type": "text", "text": text})
+        elif part.get("type") == "input_image":
+            parts.append({"type": "image"})
+    return parts
+
+
+def _reasoning(item: Json) -> str:
+    """The text of a reasoning item, from the first place where it is."""
+    opaque = item.get("encrypted_content")
+    if isinstance(opaque, str) and opaque.startswith(_OPAQUE):
+        try:
+            return base64.b64decode(opaque[len(_OPAQUE) :], validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            pass  # another server's, or cut off: the other places remain
+    for place in ("content", "summary"):
+        texts = [p["text"] for p in item.get(place) or [] if isinstance(p, dict) and isinstance(p.get("text"), str)]
+        if texts:
+            return "".join(texts)
+    return ""
+
+
+# ── Responses ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Writer:
+    """Writes one response as events, and keeps the items they amount to."""
+
+    keep_alive = b": still working\n\n"
+
+    def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
+        self.request, self._tokenizer = request, tokenizer
+        raw = request.raw
+        reasoning = raw.get("reasoning") or {}
+        self._summarised = reasoning.get("summary") is not None
+        self._sequence = 0
+        self._open: str | None = None
+        self._reason = ""
+        self.response: Json = {
+            "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "model": model,
+            "status": "in_progress", "output": [], "error": None, "incomplete_details": None, "usage": None,
+            "instructions": raw.get("instructions"), "metadata": raw.get("metadata") or {},
+            "parallel_tool_calls": request.parallel_calls, "tool_choice": raw.get("tool_choice") or "auto",
+            "tools": raw.get("tools") or [], "temperature": request.params.temperature,
+            "top_p": request.params.top_p, "max_output_tokens": raw.get("max_output_tokens"),
+            "previous_response_id": None, "store": False, "text": raw.get("text") or {"format": {"type": "text"}},
+            "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+            "truncation": "disabled", "user": raw.get("user"),
+        }  # fmt: skip
+
+    def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
+        return [self._response("response.created"), self._response("response.in_progress")]
+
+    def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
+        return [f for d in deltas for f in self._delta(d)]
+
+    def end(self, answer: Answer) -> list[Frame]:
+        if self._open == "message" and self.request.params.logprobs is not None:
+            self._part["logprobs"] = logprobs_payload(self._tokenizer, answer.content_logprobs)["content"]
+        frames = self._close_item(is_cut=answer.reason in _CUT)
+        if not self.response["output"]:
+            frames += [*self._open_message(), *self._close_item()]
+        self._reason = answer.reason
+        return frames
+
+    def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
+        cut = _CUT.get(self._reason)
+        self.response |= {"status": "incomplete" if cut else "completed", "usage": usage_payload(usage)}
+        if cut:
+            self.response["incomplete_details"] = {"reason": cut}
+        return [self._response("response.incomplete" if cut else "response.completed")]
+
+    def fail(self, error: RequestError) -> list[Frame]:
+        code = error.code or ("rate_limit_exceeded" if error.status == 429 else "server_error")
+        message = str(error)
+        if isinstance(error, ContextOverflow):
+            message = f"Your input exceeds the context window of this model. {message}"
+        self.response |= {"status": "failed", "error": {"code": code, "message": message}}
+        return [self._response("response.failed")]
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
+        for answer in answers:
+            self.more(answer, answer.deltas, answer.logprobs)
+            self.end(answer)
+        self.close(answers, usage)
+        return self.response
+
+    def _delta(self, delta: Delta) -> list[Frame]:
+        match delta:
+            case ReasoningDelta(text):
+                opening = self._open_reasoning()
+                self._part["text"] += text
+                return [*opening, self._event(f"{self._thought}.delta", **self._part_at, delta=text)]
+            case ContentDelta(text):
+                opening = self._open_message()
+                self._part["text"] += text
+                return [*opening, self._event("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+            case ToolCallStart(_, id, name):
+                item = {"type": "function_call", "call_id": id, "name": name, "arguments": ""}
+                return self._open_item(f"call {id}", "fc", item)
+            case ToolCallArguments(_, text):
+                self._item["arguments"] += text
+                return [self._event("response.function_call_arguments.delta", delta=text)]
+            case ToolCallEnd():
+                return self._close_item()
+            case _:
+                return []
+
+    # ── items and their parts ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _item(self) -> Json:
+        item: Json = self.response["output"][-1]
+        return item
+
+    @property
+    def _place(self) -> str:
+        """Where the open item keeps its text."""
+        return "summary" if self._open == "reasoning" and self._summarised else "content"
+
+    @property
+    def _thought(self) -> str:
+        return "response.reasoning_summary_text" if self._summarised else "response.reasoning_text"
+
+    @property
+    def _part(self) -> Json:
+        part: Json = self._item[self._place][0]
+        return part
+
+    @property
+    def _part_at(self) -> Json:
+        return {f"{self._place}_index": 0}
+
+    def _open_item(self, kind: str, prefix: str, item: Json) -> list[Frame]:
+        if self._open == kind:
+            return []
+        frames = self._close_item()
+        self._open = kind
+        self.response["output"].append({"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **item})
+        return [*frames, self._event("response.output_item.added", item=_copy(self._item))]
+
+    def _open_reasoning(self) -> list[Frame]:
+        if self._open == "reasoning":
+            return []
+        item = {"type": "reasoning", "summary": [], "content": []}
+        frames = self._open_item("reasoning", "rs", item)
+        self._item[self._place].append({"type": "summary_text" if self._summarised else "reasoning_text", "text": ""})
+        kind = "response.reasoning_summary_part.added" if self._summarised else "response.content_part.added"
+        return [*frames, self._event(kind, **self._part_at, part=dict(self._part))]
+
+    def _open_message(self) -> list[Frame]:
+        if self._open == "message":
+            return []
+        frames = self._open_item("message", "msg", {"type": "message", "role": "assistant", "content": []})
+        self._item["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+        return [*frames, self._event("response.content_part.added", content_index=0, part=_copy(self._part))]
+
+    def _close_item(self, *, is_cut: bool = False) -> list[Frame]:
+        """The done events of the open item. One that was cut off is incomplete."""
+        if self._open is None:
+            return []
+        frames = []
+        if self._open == "reasoning":
+            if self.request.raw.get("encrypted"):
+                text = self._part["text"].encode()
+                self._item["encrypted_content"] = _OPAQUE + base64.b64encode(text).decode()
+            kind = "reasoning_summary_part" if self._summarised else "content_part"
+            frames.append(self._event(f"{self._thought}.done", **self._part_at, text=self._part["text"]))
+            frames.append(self._event(f"response.{kind}.done", **self._part_at, part=dict(self._part)))
+        elif self._open == "message":
+            part = self._part
+            frames.append(self._event("response.output_text.done", content_index=0, text=part["text"],
+                                      logprobs=part["logprobs"]))  # fmt: skip
+            frames.append(self._event("response.content_part.done", content_index=0, part=_copy(part)))
+        elif not is_cut:
+            arguments = self._item["arguments"]
+            frames.append(self._event("response.function_call_arguments.done", arguments=arguments,
+                                      name=self._item["name"]))  # fmt: skip
+        self._item["status"] = "incomplete" if is_cut else "completed"
+        self._open = None
+        return [*frames, self._event("response.output_item.done", item=_copy(self._item))]
+
+    def _event(self, kind: str, **fields: Any) -> Frame:
+        event = {"type": kind, "sequence_number": self._sequence, "output_index": len(self.response["output"]) - 1}
+        if not kind.startswith("response.output_item"):
+            event["item_id"] = self._item["id"]
+        self._sequence += 1
+        return kind, event | fields
+
+    def _response(self, kind: str) -> Frame:
+        self._sequence += 1
+        response = self.response | {"output": [_copy(i) for i in self.response["output"]]}
+        return kind, {"type": kind, "sequence_number": self._sequence - 1, "response": response}
+
+
+def _copy(item: Json) -> Json:
+    return {
+        k: [dict(p) if isinstance(p, dict) else p for p in v] if isinstance(v, list) else v for k, v in item.items()
+    }
+
+
+def usage_payload(usage: Usage) -> Json:
+    cached, reasoning = usage_details(usage)
+    return {
+        "input_tokens": usage.prompt_tokens, "input_tokens_details": cached,
+        "output_tokens": usage.completion_tokens, "output_tokens_details": reasoning,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }  # fmt: skip

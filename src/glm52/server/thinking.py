@@ -1,0 +1,121 @@
+"""One contract of thinking for every dialect: a pure function from the fields of a body to how the model thinks.
+
+Every dialect accepts all of these fields, since clients mix them. ``docs/thinking.md`` is the table of what they mean,
+tested against ``read``:
+
+    enabled   unless one field says off: thinking.type, reasoning.enabled, enable_thinking, an effort of none or
+              minimal, a budget of 0
+    effort    reasoning_effort, reasoning.effort, output_config.effort; low, medium and high are High, the rest is Max
+    budget    thinking.budget_tokens, reasoning.max_tokens, thinking_budget; else that of the effort
+    clear     clear_thinking, context_management; else left to the template, which keeps the reasoning of a tool loop
+              and drops that of earlier turns (interleaved thinking). False keeps all of it (preserved thinking)
+    mode      coding: preserved, Max, and sampling for tools; anything said explicitly still wins
+"""
+
+from typing import Any, Literal, TypeVar
+
+from glm52.chat import BUDGETS, Thinking
+from glm52.errors import RequestError
+from glm52.server.request import Body
+
+OFF = ("none", "minimal")
+HIGH = ("low", "medium", "high")
+EFFORTS = (*OFF, *HIGH, "xhigh", "max")
+_T = TypeVar("_T")
+
+
+class _Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive"] | None = None
+    budget_tokens: int | None = None
+    clear_thinking: bool | None = None
+    display: str | None = None
+
+
+class _Reasoning(Body):
+    effort: str | None = None
+    max_tokens: int | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    summary: str | None = None
+
+
+class _Output(Body):
+    effort: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class _Template(Body):
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    clear_thinking: bool | None = None
+    thinking_budget: int | None = None
+
+
+class _Management(Body):
+    edits: list[dict[str, Any]] | None = None
+
+
+class ThinkingFields(Body):
+    """Every field of every dialect that is about thinking."""
+
+    thinking: _Thinking | None = None
+    reasoning: _Reasoning | None = None
+    reasoning_effort: str | None = None
+    output_config: _Output | None = None
+    chat_template_kwargs: _Template | None = None
+    enable_thinking: bool | None = None
+    clear_thinking: bool | None = None
+    thinking_budget: int | None = None
+    thinking_token_budget: int | None = None
+    include_reasoning: bool | None = None
+    context_management: _Management | list[Any] | None = None
+    mode: Literal["coding", "chat"] | None = None
+
+
+def read(body: ThinkingFields) -> Thinking:
+    """RequestError names the field at fault."""
+    t, r = body.thinking or _Thinking(), body.reasoning or _Reasoning()
+    k, o = body.chat_template_kwargs or _Template(), body.output_config or _Output()
+    name, effort = _first({
+        "reasoning_effort": body.reasoning_effort, "reasoning.effort": r.effort, "output_config.effort": o.effort,
+        "chat_template_kwargs.reasoning_effort": k.reasoning_effort,
+    })  # fmt: skip
+    if effort is not None and effort not in EFFORTS:
+        raise RequestError(f"{name}: expected {', '.join(EFFORTS[:-1])} or max, found {effort!r}", param=name)
+    name, budget = _first({
+        "thinking.budget_tokens": t.budget_tokens, "reasoning.max_tokens": r.max_tokens,
+        "thinking_budget": body.thinking_budget, "thinking_token_budget": body.thinking_token_budget,
+        "chat_template_kwargs.thinking_budget": k.thinking_budget,
+    })  # fmt: skip
+    if budget is not None and budget < -1:
+        raise RequestError(f"{name}: expected a number of tokens from 0 up, or -1, found {budget}", param=name)
+    _, clear = _first({
+        "thinking.clear_thinking": t.clear_thinking, "clear_thinking": body.clear_thinking,
+        "chat_template_kwargs.clear_thinking": k.clear_thinking,
+        "context_management": _managed(body.context_management), "mode": False if body.mode == "coding" else None,
+    })  # fmt: skip
+    off = t.type == "disabled" or effort in OFF or budget == 0
+    off = off or False in (r.enabled, body.enable_thinking, k.enable_thinking)
+    line: Literal["high", "max"] = "high" if effort in HIGH else "max"
+    allowed = BUDGETS[line] if budget in (None, -1) else budget  # -1 is how some clients say 'as you see fit'
+    return Thinking(enabled=not off, effort=line, clear=clear, budget=None if off else allowed)
+
+
+def is_shown(body: ThinkingFields) -> bool:
+    """Whether the client wants to see the reasoning."""
+    excluded = body.reasoning is not None and body.reasoning.exclude
+    omitted = body.thinking is not None and body.thinking.display == "omitted"
+    return not excluded and not omitted and body.include_reasoning is not False
+
+
+def _managed(management: _Management | list[Any] | None) -> bool | None:
+    """False where Anthropic's clear_thinking edit keeps all reasoning, True where it keeps some number of turns."""
+    if not isinstance(management, _Management):
+        return None
+    keeps = [e.get("keep") for e in management.edits or [] if str(e.get("type", "")).startswith("clear_thinking")]
+    return keeps[0] != "all" if keeps else None
+
+
+def _first(named: dict[str, _T | None]) -> tuple[str | None, _T | None]:
+    """The first field that is given, by name and value."""
+    return next(((name, value) for name, value in named.items() if value is not None), (None, None))

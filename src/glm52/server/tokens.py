@@ -1,0 +1,45 @@
+"""Texts and conversations to token ids and back, in the fields vLLM's clients know."""
+
+from typing import Any
+
+from glm52.errors import RequestError
+from glm52.server import openai
+from glm52.server.request import Body, Json, validated
+from glm52.server.service import Service
+
+
+class TokenizeBody(Body):
+    """Either a text, or the fields of a chat request."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+def tokenize(service: Service, client: str, body: Any) -> Json:
+    given = validated(TokenizeBody, body)
+    service.check_model(given.model or "")
+    if given.prompt is not None:
+        ids = service.tokenizer.encode(given.prompt)
+    else:
+        own = ("add_special_tokens", "return_token_strs", "prompt")
+        request = openai.read({k: v for k, v in body.items() if k not in own}, service.defaults)
+        ids = service.render(request, client)[1][0]
+    out: Json = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
+    return out | ({"token_strs": [service.tokenizer.decode([i]) for i in ids]} if given.return_token_strs else {})
+
+
+def detokenize(service: Service, body: Any) -> Json:
+    given = validated(DetokenizeBody, body)
+    service.check_model(given.model or "")
+    size = service.tokenizer.vocab_size
+    bad = next((t for t in given.tokens if not 0 <= t < size), None)
+    if bad is not None:
+        raise RequestError(f"tokens: {bad} is outside the vocabulary of {size}", param="tokens")
+    return {"prompt": service.tokenizer.decode(given.tokens)}

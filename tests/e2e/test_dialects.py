@@ -1,0 +1,434 @@
+"""Every dialect as its official client meets it, over a scripted model: streamed or not, tools, thinking, errors."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from tests.scripted import TOKENIZER
+from tests.serving import USER, WEATHER, Script, running, scripted_service, sse
+
+CALL = ("<tool_call>get_weather<arg_key>city</arg_key><arg_value>São \"P\"</arg_value>"
+        "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call>")  # fmt: skip
+SECOND = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value></tool_call>"
+ARGUMENTS = {"city": 'São "P"', "days": 3}
+FUNCTION = WEATHER["function"]
+RESPONSES_TOOL: Any = {"type": "function", "strict": False, **FUNCTION}
+ANTHROPIC_TOOL: Any = {"name": "get_weather", "description": "", "input_schema": FUNCTION["parameters"]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[Script, str]]:
+    script = Script()
+    with running(scripted_service(script)) as url:
+        yield script, url
+
+
+@pytest.fixture
+def script(server: tuple[Script, str]) -> Script:
+    script, _ = server
+    script.text, script.stride, script.error = "Let me see.</think>Hello!", 1, None
+    return script
+
+
+@pytest.fixture(scope="module")
+def gpt(server: tuple[Script, str]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server[1]}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(server: tuple[Script, str]) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server[1], api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: tuple[Script, str]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server[1], timeout=60) as client:
+        yield client
+
+
+# ── OpenAI chat completions ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_chat_parallel_calls_and_their_results(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = f"I look.</think>{CALL}{SECOND}"
+    message = gpt.chat.completions.create(model="nano", messages=USER, tools=[WEATHER]).choices[0].message
+    assert message.content is None and [json.loads(c.function.arguments) for c in message.tool_calls] == [
+        ARGUMENTS, {"city": "Rome"}]  # fmt: skip
+    results: list[Any] = [{"role": "tool", "tool_call_id": c.id, "content": "21C"} for c in message.tool_calls]
+    script.text = "Warm.</think>21 degrees."
+    reply = gpt.chat.completions.create(model="nano", messages=[*USER, message, *results], tools=[WEATHER])
+    assert reply.choices[0].message.content == "21 degrees."
+    tail = script.prompts[-1].partition("<|user|>Hi")[2]
+    assert tail == (f"<|assistant|><think>I look.</think>{CALL}{SECOND}<|observation|><tool_response>21C</tool_response>"
+                    "<tool_response>21C</tool_response><|assistant|><think>")  # fmt: skip
+
+
+def test_chat_logprobs_and_several_answers(script: Script, gpt: openai.OpenAI) -> None:
+    fields: Any = {"model": "nano", "messages": USER, "logprobs": True, "top_logprobs": 2, "n": 2, "seed": 5}
+    whole = gpt.chat.completions.create(**fields)
+    assert [p.seed for p in script.params[-2:]] == [5, 6]
+    assert [c.message.content for c in whole.choices] == ["Hello!", "Hello!"]
+    chunks = [c.choices[0] for c in gpt.chat.completions.create(**fields, stream=True)]
+    for choice in whole.choices:
+        tokens = choice.logprobs.content
+        assert "".join(t.token for t in tokens) == script.text and len(tokens[0].top_logprobs) == 2
+        mine = [c for c in chunks if c.index == choice.index]
+        assert [t.token for c in mine if c.logprobs for t in c.logprobs.content] == [t.token for t in tokens]
+        assert [c.finish_reason for c in mine if c.finish_reason] == ["stop"]
+
+
+def test_chat_parses_into_a_schema(script: Script, gpt: openai.OpenAI) -> None:
+    from pydantic import BaseModel
+
+    class City(BaseModel):
+        name: str
+        size: int
+
+    script.text = '</think>{"name": "Rome", "size": 3}'
+    reply = gpt.chat.completions.parse(model="nano", messages=USER, response_format=City)
+    assert reply.choices[0].message.parsed == City(name="Rome", size=3)
+    assert script.params[-1].grammar is not None and '"size"' in script.params[-1].grammar.source
+
+
+@pytest.mark.parametrize(
+    ("choice", "start"),
+    [("auto", "T0 (r"), ("required", "r"), ("none", "T0"), ({"type": "function", "function": {"name": "get_weather"}}, "r")],
+)  # fmt: skip
+def test_chat_tool_choices_become_grammars(script: Script, gpt: openai.OpenAI, choice: Any, start: str) -> None:
+    """tools stand in the prompt whatever the choice, so that prefixes hit."""
+    script.text = f"</think>{CALL}"
+    reply = gpt.chat.completions.create(model="nano", messages=USER, tools=[WEATHER], tool_choice=choice)
+    assert bool(reply.choices[0].message.tool_calls) is (choice != "none")
+    grammar = script.params[-1].grammar
+    assert grammar is not None and grammar.source.startswith(f"start: {start}")
+    assert "get_weather" in script.prompts[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        ({"response_format": {"type": "json_object"}}, '%json {"type": "object"'),
+        ({"guided_json": {"type": "integer"}}, '%json {"type": "integer"'),
+        ({"guided_regex": "[a-z]+"}, "/"),
+        ({"guided_choice": ["yes", "no"]}, '"yes" | "no"'),
+        ({"structured_outputs": {"choice": ["yes"], "regex": None}}, '"yes"'),
+        ({"guided_grammar": 'start: "a"'}, '"a"'),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+def test_chat_structures_become_grammars(script: Script, http: httpx.Client, fields: Any, source: str | None) -> None:
+    for path, said in (("chat/completions", {"messages": USER}), ("completions", {"prompt": "x"})):
+        if "response_format" not in fields or "messages" in said:
+            assert http.post(f"/v1/{path}", json=said | fields).status_code == 200
+            grammar = script.params[-1].grammar
+            assert (grammar and grammar.source.partition("start: ")[2][: len(source or "")]) == source
+
+
+def test_what_a_schema_says_and_nobody_holds_is_named(script: Script, http: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    reply = http.post("/v1/chat/completions", json={"messages": USER, "tools": [tool]})
+    assert reply.headers["x-glm52-unheld"] == "f.day: format is not held for a string"
+
+
+def test_stop_strings_do_not_end_thinking(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = "One. STOP. Two STO</think>P three STOP four"
+    message = gpt.chat.completions.create(model="nano", messages=USER, stop=["STOP"]).choices[0].message
+    assert (message.reasoning_content, message.content) == ("One. STOP. Two STO", "P three")
+
+
+def test_coding_mode_is_one_switch(script: Script, http: httpx.Client) -> None:
+    turns = [*USER, {"role": "assistant", "content": "Hello!", "reasoning_content": "Thought."}, *USER]
+    for path in ("/v1/chat/completions", "/v1/messages", "/api/paas/v4/chat/completions"):
+        given: Any = turns if "chat" in path else [
+            turns[0], {"role": "assistant", "content": [{"type": "thinking", "thinking": "Thought.", "signature": ""},
+                                                        {"type": "text", "text": "Hello!"}]}, turns[2]]  # fmt: skip
+        for fields, headers in (({"mode": "coding"}, {}), ({}, {"x-glm52-mode": "coding"})):
+            assert http.post(path, json={"messages": given, **fields}, headers=headers).status_code == 200
+            assert "<think>Thought.</think>Hello!" in script.prompts[-1] and "Effort: Max" in script.prompts[-1]
+            assert (script.params[-1].temperature, script.params[-1].top_p) == (0.7, 1.0)
+        http.post(path, json={"messages": given, "mode": "coding", "temperature": 0.2, "clear_thinking": True})
+        assert "Thought." not in script.prompts[-1] and script.params[-1].temperature == 0.2
+
+
+# ── OpenAI text completions ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_completions_of_texts_and_ids(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = " one two three"
+    ids = TOKENIZER.encode("count:")
+    for prompt in ("count:", ids, ["count:", "count:"], [ids, ids]):
+        reply = gpt.completions.create(model="nano", prompt=prompt, max_tokens=50, logprobs=1)
+        assert {c.text for c in reply.choices} == {script.text} and script.prompts[-1] == "count:"
+        assert reply.choices[0].logprobs.text_offset[:2] == [0, len(reply.choices[0].logprobs.tokens[0])]
+    assert len(reply.choices) == 2 and reply.usage.prompt_tokens == 2 * len(ids)
+    chunks = list(gpt.completions.create(model="nano", prompt=["a", "b"], stream=True, stop=" three"))
+    for index in (0, 1):
+        mine = [c.choices[0] for c in chunks if c.choices[0].index == index]
+        assert "".join(c.text for c in mine) == " one two" and mine[-1].finish_reason == "stop"
+
+
+# ── OpenAI responses ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_responses_whole_and_streamed(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = f"I look.</think>Wait.{CALL}{SECOND}"
+    fields: Any = {"model": "nano", "input": "Hi", "tools": [RESPONSES_TOOL], "instructions": "Be brief."}
+    whole = gpt.responses.create(**fields)
+    assert "<|system|>Be brief.<|user|>Hi<|assistant|>" in script.prompts[-1]
+    assert [i.type for i in whole.output] == ["reasoning", "message", "function_call", "function_call"]
+    assert whole.output_text == "Wait." and whole.output[0].content[0].text == "I look."
+    assert json.loads(whole.output[2].arguments) == ARGUMENTS and whole.status == "completed"
+    assert whole.usage.output_tokens_details.reasoning_tokens == len(TOKENIZER.encode("I look."))
+    events = list(gpt.responses.create(**fields, stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    assert [e.type for e in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1].type == "response.completed"
+    last = events[-1].response
+    assert [_anonymous(i) for i in last.output] == [_anonymous(i) for i in whole.output]
+    assert last.usage == whole.usage
+    done = [e.item for e in events if e.type == "response.output_item.done"]
+    assert [_anonymous(i) for i in done] == [_anonymous(i) for i in whole.output]
+    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta" and e.output_index == 2]
+    assert json.loads("".join(deltas)) == ARGUMENTS
+    with gpt.responses.stream(**fields) as stream:  # the client keeps a snapshot of its own and checks it
+        assert stream.get_final_response().output_text == "Wait."
+
+
+def _anonymous(item: Any) -> dict[str, Any]:
+    return {k: v for k, v in item.model_dump().items() if k not in ("id", "call_id", "parsed_arguments")}
+
+
+def test_responses_take_their_own_output_back(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = f"I look.</think>{CALL}"
+    include: Any = ["reasoning.encrypted_content"]
+    first = gpt.responses.create(
+        model="nano", input=USER, tools=[RESPONSES_TOOL], include=include, store=False, reasoning={"summary": "auto"}
+    )
+    assert first.output[0].summary[0].text == "I look."
+    items = [i.model_dump(exclude_none=True) for i in first.output]
+    items[0] = {"type": "reasoning", "summary": [], "encrypted_content": items[0]["encrypted_content"]}
+    result: Any = {"type": "function_call_output", "call_id": first.output[1].call_id, "output": "21C"}
+    gpt.responses.create(model="nano", input=[*USER, *items, result], tools=[RESPONSES_TOOL])
+    assert script.prompts[-1].endswith(f"<|assistant|><think>I look.</think>{CALL}<|observation|><tool_response>21C"
+                                       "</tool_response><|assistant|><think>")  # fmt: skip
+
+
+def test_responses_that_are_cut(script: Script, gpt: openai.OpenAI) -> None:
+    script.text = "</think>one two three four five six"
+    cut = gpt.responses.create(model="nano", input="Hi", max_output_tokens=3)
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+
+
+# ── Anthropic messages ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_messages_whole_and_streamed(script: Script, claude: anthropic.Anthropic) -> None:
+    script.text = f"I look.</think>Wait.{CALL}{SECOND}"
+    fields: Any = {"model": "claude-sonnet-4-5", "max_tokens": 400, "messages": USER, "tools": [ANTHROPIC_TOOL],
+                   "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]}  # fmt: skip
+    whole = claude.messages.create(**fields)
+    assert [b.type for b in whole.content] == ["thinking", "text", "tool_use", "tool_use"]
+    assert (whole.content[0].thinking, whole.content[1].text) == ("I look.", "Wait.")
+    assert whole.content[2].input == ARGUMENTS and whole.stop_reason == "tool_use"
+    assert whole.usage.cache_read_input_tokens == 3
+    with claude.messages.stream(**fields) as stream:
+        events = [e.type for e in stream]
+        final = stream.get_final_message()
+    assert events[0] == "message_start" and events[-1] == "message_stop"
+    strip = lambda m: [b.model_dump(exclude={"id", "parsed_output"}) for b in m.content]  # noqa: E731
+    assert strip(final) == strip(whole) and final.stop_reason == "tool_use"
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert final.usage.input_tokens == whole.usage.input_tokens
+
+
+def test_messages_round_trip_of_a_tool(script: Script, claude: anthropic.Anthropic) -> None:
+    script.text = f"I look.</think>{CALL}"
+    fields: Any = {"model": "nano", "max_tokens": 400, "tools": [ANTHROPIC_TOOL]}
+    first = claude.messages.create(messages=USER, **fields)
+    result = {"type": "tool_result", "tool_use_id": first.content[1].id, "content": [{"type": "text", "text": "21C"}]}
+    remark = {"type": "text", "text": "<system-reminder>Be quick.</system-reminder>"}
+    turns: Any = [*USER, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result, remark]}]
+    script.text = "Warm.</think>21 degrees."
+    assert claude.messages.create(messages=turns, **fields).content[-1].text == "21 degrees."
+    assert script.prompts[-1].endswith(f"<|assistant|><think>I look.</think>{CALL}<|observation|><tool_response>21C"
+                                       f"{remark['text']}</tool_response><|assistant|><think>")  # fmt: skip
+    counted = claude.messages.count_tokens(model="nano", messages=turns, tools=[ANTHROPIC_TOOL])
+    assert counted.input_tokens == len(TOKENIZER.encode(script.prompts[-1]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({}, "Effort: Max"),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}, "Effort: High"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "Effort: Max"),
+        ({"thinking": {"type": "disabled"}}, None),
+    ],
+)
+def test_messages_thinking(script: Script, http: httpx.Client, fields: Any, effort: str | None) -> None:
+    script.text = "Let me see.</think>Hello!" if effort else "Hello!"
+    reply = http.post("/v1/messages?beta=true", json={"max_tokens": 99, "messages": USER, **fields}).json()
+    assert [b["type"] for b in reply["content"]] == (["thinking", "text"] if effort else ["text"])
+    assert (effort or "<think></think>") in script.prompts[-1]
+    assert script.params[-1].thinking_budget == (fields.get("thinking", {}).get("budget_tokens") or
+                                                 {"Effort: Max": 32768, "Effort: High": 4096, None: None}[effort])  # fmt: skip
+
+
+def test_messages_stop_reasons(script: Script, claude: anthropic.Anthropic) -> None:
+    script.text = "</think>one two three"
+    assert claude.messages.create(model="nano", messages=USER, max_tokens=2).stop_reason == "max_tokens"
+    stopped = claude.messages.create(model="nano", messages=USER, max_tokens=99, stop_sequences=[" three"])
+    assert (stopped.stop_reason, stopped.stop_sequence, stopped.content[-1].text) == (
+        "stop_sequence", " three", "one two")  # fmt: skip
+
+
+def test_what_claude_code_sends(script: Script, http: httpx.Client) -> None:
+    body = {
+        "model": "glm-5.2[1m]", "max_tokens": 32000, "stream": True, "metadata": {"user_id": "{}"},
+        "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=ab12;"},
+                   {"type": "text", "text": "You are an agent."}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]},
+                     {"role": "system", "content": "More."}],
+        "tools": [{"name": "Bash", "description": "d", "input_schema": {
+            "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
+            "properties": {"command": {"type": "string"}}, "required": ["command"], "additionalProperties": False}}],
+        "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    }  # fmt: skip
+    assert http.head("/").status_code == 200
+    body["model"] = "nano[1m]"
+    reply = http.post("/v1/messages?beta=true", json=body, headers={"anthropic-version": "2026-10-21"})
+    events = sse(reply.text)
+    assert reply.status_code == 200 and "x-glm52-ignored" not in reply.headers, reply.text
+    assert reply.headers["x-glm52-prompt"] == "billing" and "billing" not in script.prompts[-1]
+    assert [n for n, _ in events] == [json.loads(d)["type"] for _, d in events]
+    assert [n for n, _ in events][:3] == ["message_start", "ping", "content_block_start"]
+    assert [n for n, _ in events][-2:] == ["message_delta", "message_stop"]
+
+
+# ── Z.ai ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("tool_stream", [False, True])
+def test_zai_streams_calls_as_asked(script: Script, http: httpx.Client, tool_stream: bool) -> None:
+    script.text = f"I look.</think>{CALL}"
+    body = {"model": "nano", "messages": USER, "tools": [WEATHER], "stream": True, "tool_stream": tool_stream,
+            "thinking": {"type": "enabled", "clear_thinking": False}, "do_sample": False, "request_id": "mine-1234",
+            "user_id": "someone", "response_format": None, "reasoning_effort": "xhigh"}  # fmt: skip
+    reply = http.post("/api/paas/v4/chat/completions", json=body)
+    *frames, done = [d for _, d in sse(reply.text)]
+    chunks = [json.loads(f) for f in frames]
+    calls = [c for x in chunks for c in x["choices"][0]["delta"].get("tool_calls", ())]
+    assert json.loads("".join(c["function"]["arguments"] for c in calls)) == ARGUMENTS
+    assert (len(calls) > 1) is tool_stream
+    assert done == "[DONE]" and {x["request_id"] for x in chunks} == {"mine-1234"}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+    assert [bool("usage" in x) for x in chunks].count(True) == 1
+    assert script.params[-1].is_greedy and "x-glm52-ignored" not in reply.headers
+
+
+def test_zai_keeps_reasoning_on_the_coding_path(script: Script, http: httpx.Client) -> None:
+    turns = [*USER, {"role": "assistant", "content": "Hello!", "reasoning_content": "Thought."}, *USER]
+    for path, kept in (("paas", False), ("coding/paas", True)):
+        assert http.post(f"/api/{path}/v4/chat/completions", json={"messages": turns}).status_code == 200
+        assert ("Thought." in script.prompts[-1]) is kept
+
+
+# ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_clients_find_the_model(gpt: openai.OpenAI, claude: anthropic.Anthropic, http: httpx.Client) -> None:
+    assert [m.id for m in gpt.models.list()] == [m.id for m in claude.models.list()] == ["nano"]
+    assert claude.models.retrieve("nano").display_name == "nano" and gpt.models.retrieve("nano").owned_by == "glm52"
+    for path, envelope in (
+        ("/v1/messages", "type"),
+        ("/v1/chat/completions", "error"),
+        ("/api/paas/v4/nothing", "error"),
+    ):
+        assert envelope in http.get(path).json()
+
+
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PATHS = {"/v1/chat/completions": {"messages": USER}, "/v1/completions": {"prompt": "Hi"}, "/v1/responses": {"input": "Hi"},
+         "/v1/messages": {"messages": USER, "max_tokens": 9}, "/api/paas/v4/chat/completions": {"messages": USER}}  # fmt: skip
+
+
+def _said(path: str, error: Any) -> tuple[str, str]:
+    """Message and kind, from the dialect's own envelope."""
+    if "messages" in path:
+        assert error["type"] == "error"
+        return error["error"]["message"], error["error"]["type"]
+    return error["error"]["message"], error["error"].get("type", error["error"]["code"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_errors_come_in_the_envelope_of_the_dialect(script: Script, http: httpx.Client, path: str) -> None:
+    is_zai = path.startswith("/api")
+    for fields, word, status in (
+        ({"temperature": "warm"}, "temperature", 400), ({"temperature": 9.0}, "temperature", 400),
+        ({"model": "other"}, "other", 404), ({"messages": [], "prompt": [], "input": [] if "resp" in path else 1}, "", 400),
+    ):  # fmt: skip
+        reply = http.post(path, json=PATHS[path] | fields)
+        message, kind = _said(path, reply.json())
+        assert reply.status_code == status and word in message, (path, fields)
+        assert kind in (("1214", "1211") if is_zai else ("invalid_request_error", "not_found_error"))
+    script.text, script.error = "", "broken"
+    for stream in (False, True):
+        reply = http.post(path, json=PATHS[path] | {"stream": stream})
+        assert reply.status_code == 500 and "broken" in _said(path, reply.json())[0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_error_in_mid_stream_is_an_event(script: Script, http: httpx.Client, path: str) -> None:
+    script.text, script.error = "</think>Half a", "broken"
+    name, data = sse(http.post(path, json=PATHS[path] | {"stream": True}).text)[-1]
+    if path == "/v1/responses":
+        failed = json.loads(data)["response"]
+        assert (name, failed["status"], failed["error"]["message"]) == ("response.failed", "failed", "broken")
+    else:
+        assert _said(path, json.loads(data))[0] == "broken" and name == ("error" if "messages" in path else None)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_overflow_says_the_numbers(script: Script, http: httpx.Client, path: str, stream: bool) -> None:
+    prompts = len(script.prompts)
+    text = "word " * 600
+    long = {"messages": [{"role": "user", "content": text}], "prompt": text, "input": text}
+    reply = http.post(path, json={k: long.get(k, v) for k, v in PATHS[path].items()} | {"stream": stream})
+    chat = {"messages": long["messages"]}
+    count = (
+        len(TOKENIZER.encode(text)) if "prompt" in PATHS[path] else http.post("/tokenize", json=chat).json()["count"]
+    )
+    if path == "/v1/responses" and stream:  # its clients look for an event
+        name, data = sse(reply.text)[-1]
+        error = json.loads(data)["response"]["error"]
+        assert (name, error["code"]) == ("response.failed", "context_length_exceeded")
+        message = error["message"]
+    else:
+        message, _ = _said(path, reply.json())
+        assert reply.status_code == 400
+    begins = {"/v1/messages": f"prompt is too long: {count} tokens > 512 maximum",
+              "/api/paas/v4/chat/completions": "Prompt exceeds max length."}  # fmt: skip
+    assert message.startswith(begins.get(path, "")) and f"{count} tokens" in message and "512" in message
+    assert len(script.prompts) == prompts
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_unknown_fields_are_named_and_nulls_are_absent(script: Script, http: httpx.Client, path: str) -> None:
+    nulls = dict.fromkeys(("temperature", "top_p", "stream", "seed", "model", "stop", "reasoning_effort", "tools"))
+    body = PATHS[path] | nulls | {"frobnicate": {"a": 1}}
+    reply = http.post(path, json=body)
+    assert reply.status_code == 200 and reply.headers["x-glm52-ignored"] == "frobnicate"
+    strict = http.post(f"{path}?strict=1", json=body)
+    assert strict.status_code == 400 and "frobnicate" in _said(path, strict.json())[0]

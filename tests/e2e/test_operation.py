@@ -1,0 +1,359 @@
+"""A server under load and under attack: bounds, refusals, hang-ups, deadlines, draining, metrics and logs."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from glm52.engine import AsyncEngine
+from glm52.errors import RequestError
+from glm52.server import command
+from glm52.server.limits import Keys
+from glm52.server.service import Service
+from tests.fixtures import write_tiny
+from tests.scripted import ScriptedModel, always
+from tests.serving import USER, WEATHER, Script, asgi, running, scripted_service, sse
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"messages": USER}
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script("</think>one two three")
+
+
+@pytest.fixture(scope="module")
+def url(script: Script) -> Iterator[str]:
+    with running(scripted_service(script, max_body_bytes=1 << 20, keys=Keys(["secret"]))) as url:
+        yield url
+
+
+HEADERS = {"authorization": "Bearer secret"}
+
+
+def test_without_the_key_nothing_is_answered(url: str) -> None:
+    for path in (CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
+                 "/detokenize", "/api/paas/v4/chat/completions"):  # fmt: skip
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "secre"}):
+            reply = httpx.post(url + path, json=BODY, headers=headers)
+            assert reply.status_code == 401 and "API key" in str(reply.json()["error"]["message"])
+    for path in ("/v1/models", "/v1/models/nano", "/metrics"):
+        assert httpx.get(url + path).status_code == 401
+        assert httpx.get(url + path, headers=HEADERS).status_code == 200
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.post(url + CHAT, json=BODY, headers={"x-api-key": "secret"}).status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_100_mb_is_refused_and_the_next_one_is_served(url: str, chunked: bool) -> None:
+    block = b" " * (1 << 20)
+    content: Any = (block for _ in range(100)) if chunked else block * 100
+    reply = httpx.post(url + CHAT, content=content, headers=HEADERS, timeout=30)
+    assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
+    assert httpx.post(url + CHAT, json=BODY, headers=HEADERS).status_code == 200
+
+
+def test_a_client_that_never_ends_its_body_is_let_go() -> None:
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(running(scripted_service(Script(), body_s=0.3)))
+        host, port = url.removeprefix("http://").split(":")
+        slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+        slow.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{" % CHAT.encode())
+        began = time.monotonic()
+        assert slow.recv(1 << 16).startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - began < 30
+
+
+def test_half_sent_headers_hinder_nobody(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            slow.sendall(b"POST /v1/messages HTTP/1.1\r\nhost:")
+        assert httpx.post(url + CHAT, json=BODY, headers=HEADERS).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"nul", b"[" * 100_000, b'{"messages": NaN}', b'{"messages": ' + b'[' * 5000 + b"]" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}], "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f", "parameters": {"properties": {"a": '
+        + b'{"items": ' * 450 + b"{}" + b"}" * 454 + b"]}",
+        b"\xff\xfe", b'{"messages": [{"role": "user", "content": [{"type": "text"}, {"type": "image_url"}]}], "n": 1e999}',
+        json.dumps({"messages": USER, "tools": [{"function": {"name": "f", "parameters": {"$ref": "#/$ref"}}}], "seed": -(1 << 70)}).encode(),
+        json.dumps({"messages": USER, "tools": [WEATHER], "logit_bias": {"99999999": 1}, "max_tokens": -1}).encode(),
+    ],
+)  # fmt: skip
+def test_nonsense_is_the_clients_fault(url: str, body: bytes) -> None:
+    for path in (CHAT, "/v1/messages", "/v1/responses", "/v1/completions", "/tokenize", "/detokenize"):
+        reply = httpx.post(url + path, content=body, headers=HEADERS)
+        assert reply.status_code < 500, (path, reply.text)
+
+
+def test_half_a_character_is_mended(url: str, script: Script) -> None:
+    body = b'{"messages": [{"role": "user", "content": "a\\ud83d b"}]}'
+    assert httpx.post(url + CHAT, content=body, headers=HEADERS).status_code == 200
+    assert "a� b" in script.prompts[-1]
+
+
+def test_names_of_fields_cannot_break_a_header(url: str) -> None:
+    body = BODY | {"a\r\nset-cookie: x": 1, "ü": 2, "b" * 2000: 3}
+    for stream in (False, True):
+        reply = httpx.post(url + CHAT, json=body | {"stream": stream}, headers=HEADERS)
+        assert reply.status_code == 200 and "set-cookie" not in reply.headers
+        assert reply.headers["x-glm52-ignored"].startswith("a??set-cookie: x, bbb")
+
+
+# ── Queue, deadlines, signs of life ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_500_at_once_are_served_or_refused_and_none_is_lost() -> None:
+    script = Script("</think>one two three", stride=99)
+    service = scripted_service(script, max_running=8, max_waiting=100)
+
+    async def main() -> list[httpx.Response]:
+        async with asgi(service) as client:
+            return await asyncio.gather(*(client.post(CHAT, json=BODY | {"stream": i % 2 == 0}) for i in range(500)))
+
+    replies = asyncio.run(main())
+    served = [r for r in replies if r.status_code == 200]
+    refused = [r for r in replies if r.status_code == 429]
+    assert len(served) + len(refused) == 500 and len(served) >= 108
+    assert all("one two three" in r.text or "three" in r.text for r in served)
+    assert all(r.headers["retry-after"] == "1" and r.json()["error"]["code"] == "queue_full" for r in refused)
+    assert script.ended == len(served) and service.gate.running == service.gate.waiting == 0
+
+
+def test_many_connections_at_once() -> None:
+    with running(scripted_service(Script("</think>yes", stride=99), max_waiting=200)) as url:
+
+        async def main() -> list[int]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+                replies = await asyncio.gather(*(client.post(url + CHAT, json=BODY) for _ in range(150)))
+                return [r.status_code for r in replies]
+
+        assert set(asyncio.run(main())) == {200}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_ends_a_request(stream: bool) -> None:
+    script = Script("</think>" + "word " * 100, delay_s=0.02)
+
+    async def main() -> httpx.Response:
+        async with asgi(scripted_service(script)) as client:
+            return await client.post(CHAT, json=BODY | {"stream": stream}, headers={"x-glm52-deadline-s": "0.2"})
+
+    reply = asyncio.run(main())
+    error = json.loads(sse(reply.text)[-1][1]) if stream else reply.json()
+    assert reply.status_code == (200 if stream else 504) and error["error"]["code"] == "deadline_exceeded"
+    assert script.ended == 1
+
+
+def test_a_long_prefill_shows_signs_of_life() -> None:
+    script = Script("</think>done", delay_s=0.25, stride=99)
+
+    async def main() -> dict[str, str]:
+        async with asgi(scripted_service(script, first_wait_s=0.05, keep_alive_s=0.05)) as client:
+            ask = {"messages": {"max_tokens": 9}, "responses": {"input": "Hi"}, "chat/completions": {}}
+            return {p: (await client.post(f"/v1/{p}", json={**BODY, **b, "stream": True})).text for p, b in ask.items()}
+
+    said = asyncio.run(main())
+    assert said["messages"].startswith("event: message_start") and said["messages"].count('{"type": "ping"}') >= 3
+    assert said["responses"].count(": still working\n\n") >= 2
+    assert said["chat/completions"].count(": still working\n\n") >= 2 and "done" in said["chat/completions"]
+
+
+def test_a_hang_up_ends_the_sequence_within_a_step() -> None:
+    """Also of those that wait for a place."""
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine())
+    with running(scripted_service(backend, context_length=8192, max_running=1)) as url:
+        body = BODY | {"stream": True, "max_tokens": 8000, "thinking_budget": 7000}
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                reply = stack.enter_context(httpx.stream("POST", url + CHAT, json=body, timeout=20))
+                assert reply.status_code == 200
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and (backend.engine.has_work or httpx.get(f"{url}/health").json()["waiting"]):
+            time.sleep(0.02)
+        assert not backend.engine.has_work and backend.engine.stats.output_tokens < 2 * 8000
+        assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "nano", "running": 0, "waiting": 0}
+    backend.close()
+
+
+# ── Metrics, logs, explanations ──────────────────────────────────────────────────────────────────────────────────
+
+
+def value(text: str, name: str, **labels: str) -> float:
+    return sum(s.value for family in text_string_to_metric_families(text) for s in family.samples
+               if s.name == name and labels.items() <= s.labels.items())  # fmt: skip
+
+
+def test_metrics_count_what_happened() -> None:
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(2))
+
+    async def main() -> str:
+        async with asgi(scripted_service(backend, context_length=8192)) as client:
+            for stream in (False, True):
+                await client.post(CHAT, json=BODY | {"max_tokens": 40, "thinking_budget": 5, "stream": stream})
+            assert (await client.post(CHAT, json={})).status_code == 400
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(main())
+    backend.close()
+    assert value(text, "glm52_requests_total", dialect="chat", status="200") == 2
+    assert value(text, "glm52_requests_total", dialect="chat", status="400") == 1
+    assert (
+        value(text, "glm52_output_tokens_total")
+        == 80
+        == value(text, "glm52_finished_replies_total", reason="length") * 40
+    )
+    assert value(text, "glm52_thinking_closed_total", how="hard") == 2
+    assert value(text, "glm52_time_to_first_token_seconds_count") == value(text, "glm52_queue_seconds_count") == 2
+    assert (
+        value(text, "glm52_drafted_tokens_total", position="1")
+        >= value(text, "glm52_accepted_tokens_total", position="1")
+        > 0
+    )
+    assert value(text, "glm52_cache_pages") >= value(text, "glm52_cache_pages_unused") > 0
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_logs_are_json_and_say_nothing_of_what_was_said(caplog: pytest.LogCaptureFixture, log_prompts: bool) -> None:
+    service = scripted_service(Script("</think>an answer"), log_prompts=log_prompts)
+
+    async def main() -> None:
+        async with asgi(service) as client:
+            await client.post(CHAT, json={"messages": [{"role": "user", "content": "a question"}]},
+                              headers={"authorization": "Bearer my-key"})  # fmt: skip
+
+    with caplog.at_level(logging.INFO, "glm52.requests"):
+        asyncio.run(main())
+    line = json.loads(caplog.records[-1].getMessage())
+    assert (line["dialect"], line["status"], line["finish"], line["cached_tokens"]) == ("chat", 200, ["stop"], 3)
+    assert line["total_s"] >= line["first_token_s"] >= 0 and "my-key" not in caplog.text
+    assert ("a question" in caplog.text) is ("an answer" in caplog.text) is log_prompts
+
+
+def test_a_miss_is_explained_on_request_in_every_dialect() -> None:
+    service = scripted_service(Script())
+
+    async def main() -> list[Any]:
+        found = []
+        async with asgi(service) as client:
+            for path, system in (
+                (CHAT, lambda s: {"messages": [{"role": "system", "content": s}, *USER]}),
+                ("/v1/messages", lambda s: {"messages": USER, "system": s, "max_tokens": 9}),
+                ("/v1/responses", lambda s: {"input": "Hi", "instructions": s}),
+            ):
+                headers = {"authorization": f"Bearer {path}", "x-glm52-explain": "cache"}
+                for text in ("Ticket 3fa9c1d2.", "Ticket 77b0aa91."):
+                    reply = await client.post(path, json=system(text), headers=headers)
+                    found.append(reply.json()["usage"])
+        return found
+
+    for first, second in zip(*[iter(asyncio.run(main()))] * 2, strict=True):
+        assert "no earlier prompt" in str(first)
+        assert "a system message changed in what looks like a random identifier" in str(second), second
+
+
+def test_what_a_client_forgot_is_recalled() -> None:
+    script = Script("I think so.</think>Yes.")
+
+    async def main() -> httpx.Response:
+        async with asgi(scripted_service(script)) as client:
+            await client.post(CHAT, json=BODY)
+            turns = [*USER, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Sure?"}]
+            return await client.post(CHAT, json={"messages": turns, "clear_thinking": False})
+
+    assert asyncio.run(main()).headers["x-glm52-prompt"] == "reasoning restored in 1 turns"
+    assert "<think>I think so.</think>Yes.<|user|>Sure?" in script.prompts[-1]
+
+
+# ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
+def test_listening_publicly_needs_a_key(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from glm52 import cli
+
+    assert cli.main(["serve", "--host", host, "--port", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--api-key" in error and "--insecure" in error
+
+
+def test_keys_come_from_the_command_line_or_files(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    assert command._read_keys(["zero", f"@{file}"]) == ["zero", "one", "two"]
+    with pytest.raises(RequestError, match="cannot read"):
+        command._read_keys(["@/nowhere/keys"])
+    with pytest.raises(RequestError, match="at least one key"):
+        command._read_keys([""])
+
+
+def test_sigterm_under_load_ends_what_runs_and_takes_no_more(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    arguments = ["serve", str(tmp_path), "--port", "0", "--context", "512", "--drafts", "0", "--max-seqs", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "glm52.cli", *arguments], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    replies: list[httpx.Response] = []
+
+    def ask(url: str) -> None:
+        body = BODY | {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
+        replies.append(httpx.post(url + "/v1/completions", json=body | {"prompt": "Hi"}, timeout=60))
+
+    try:
+        assert process.stderr is not None
+        url = re.search(r"http://[\d.:]+", process.stderr.readline()).group()  # type: ignore[union-attr]
+        threads = [threading.Thread(target=ask, args=(url,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while httpx.get(f"{url}/health").json()["waiting"] < 6 and not replies:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert [r.status_code for r in replies] == [200] * 8, "what was accepted is answered"
+    assert {r.json()["usage"]["completion_tokens"] for r in replies} == {300}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_draining_refuses_and_then_ends_what_is_left() -> None:
+    script = Script("</think>" + "word " * 200, delay_s=0.02)
+    service: Service = scripted_service(script, drain_s=0.3)
+
+    async def main() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
+        async with asgi(service) as client:
+            running_ = asyncio.ensure_future(client.post(CHAT, json=BODY))
+            await asyncio.sleep(0.1)
+            service.drain()
+            refused = await client.post(CHAT, json=BODY)
+            return await running_, refused, await client.get("/health")
+
+    ended, refused, health = asyncio.run(main())
+    assert (ended.status_code, refused.status_code, health.status_code) == (503, 503, 503)
+    assert refused.headers["retry-after"] and refused.json()["error"]["code"] == "shutting_down"
+    assert health.json()["status"] == "draining" and script.ended == 1
