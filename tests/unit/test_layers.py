@@ -14,17 +14,18 @@ FLOORS = (
     {"errors", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "cache", "chat", "shards"},
-    {"ops", "checkpoint", "tasks", "inspect", "grammar"},
+    {"ops", "checkpoint", "tasks", "inspect", "grammar", "launch"},
     {"model"},
     {"native"},
     {"engine", "load"},
     {"session"},
     {"server", "train", "evaluate", "terminal"},
+    {"clients"},
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIGHT = ("", ".errors", ".config", ".tokenizer", ".chat", ".headers", ".hub", ".pages", ".inspect", ".grammar", ".tasks",
-         ".cli")  # fmt: skip
+         ".launch", ".cli")  # fmt: skip
 
 
 def room_of(path: Path) -> str:
