@@ -171,8 +171,9 @@ class ChatTemplate:
         """
         normal: list[Any] = [_normalize(m) for m in messages]
         held, cut = normal, None
-        if any(token in json.dumps([normal, tools], ensure_ascii=False) for token in tokenizer.special_tokens):
-            cut = _unused_noncharacter(json.dumps([normal, tools], ensure_ascii=False))
+        given = json.dumps([normal, tools], ensure_ascii=False)
+        if any(token in given for token in tokenizer.special_tokens):
+            cut = _unused_noncharacter(given)
             pattern = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))
             held, tools = _cut_leaves([normal, tools], pattern, cut)
         text = self._render(held, tools, thinking or Thinking(), add_generation_prompt)

@@ -49,7 +49,7 @@ def claude(server: tuple[Script, str]) -> Iterator[anthropic.Anthropic]:
 
 @pytest.fixture(scope="module")
 def http(server: tuple[Script, str]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server[1]) as client:
+    with httpx.Client(base_url=server[1], timeout=60) as client:
         yield client
 
 

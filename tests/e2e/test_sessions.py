@@ -39,7 +39,10 @@ class Speaker:
 def agent() -> Iterator[tuple[Speaker, httpx.Client]]:
     speaker = Speaker()
     backend = AsyncEngine(ScriptedModel(speaker, length=16_384).engine(num_rows=65_536))
-    with running(scripted_service(backend, context_length=16_384)) as url, httpx.Client(base_url=url) as client:
+    with (
+        running(scripted_service(backend, context_length=16_384)) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         yield speaker, client
     backend.close()
 

@@ -79,7 +79,7 @@ def _engine(args: argparse.Namespace, options: Options) -> Service:
     """A model that is computed here."""
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
-        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts,
+        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
     )  # fmt: skip
     name, *aliases = args.served_model_name or [session.name]
     return Service(
@@ -93,8 +93,12 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
     """A model that another server computes."""
     if args.model is None:
         raise RequestError("--upstream: name the MODEL too; its tokenizer and template must be those of the server's")
-    for flag, value in (("--format", args.format), ("--drafts", args.drafts)):
-        if value is not None:
+    for flag, value in (
+        ("--format", args.format),
+        ("--drafts", args.drafts),
+        ("--kv-cache-dtype", args.kv_cache_dtype),
+    ):
+        if value not in (None, "auto"):
             raise RequestError(f"{flag}: the server at {args.upstream} computes, so this is for it to say")
     folder = resolve(args.model)
     tokenizer = Tokenizer.read(folder)

@@ -12,7 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reasoning-parser", choices=["glm45"], help="the form of reasoning; always this one")
     add("--enable-auto-tool-choice", action="store_true", help="always on")
     add("--tensor-parallel-size", type=int, metavar="N", help=_HERE)
-    add("--kv-cache-dtype", metavar="TYPE", help="nothing here but auto: rows are kept as they are computed")
 
 
 def notes(args: argparse.Namespace) -> list[str]:
@@ -20,6 +19,4 @@ def notes(args: argparse.Namespace) -> list[str]:
     out = []
     if args.tensor_parallel_size not in (None, 1):
         out.append(f"--tensor-parallel-size {args.tensor_parallel_size} means {_HERE}")
-    if args.kv_cache_dtype not in (None, "auto"):
-        out.append(f"--kv-cache-dtype {args.kv_cache_dtype} means nothing here: rows are kept as they are computed")
     return out

@@ -165,6 +165,7 @@ async def _next(queue: "asyncio.Queue[_Item]", call: Call, patience_s: float) ->
     if left <= 0:
         return call.overdue()
     try:
-        return await asyncio.wait_for(queue.get(), min(left, patience_s))
+        async with asyncio.timeout(min(left, patience_s)):
+            return await queue.get()
     except TimeoutError:
         return call.overdue() if call.time_left() <= 0 else None
