@@ -104,7 +104,11 @@ def gateway(url: str, **options: Any) -> Service:
 @pytest.fixture(params=["vllm", "sglang", "llamacpp"])
 def fake(request: pytest.FixtureRequest) -> Iterator[tuple[Fake, httpx.Client]]:
     fake = Fake(request.param)
-    with served(fake.app) as url, running(gateway(url, stall_s=30.0)) as front, httpx.Client(base_url=front) as client:
+    with (
+        served(fake.app) as url,
+        running(gateway(url, stall_s=30.0)) as front,
+        httpx.Client(base_url=front, timeout=60) as client,
+    ):
         yield fake, client
 
 
@@ -175,9 +179,9 @@ def test_faults_are_told_in_the_words_of_the_dialect(fault: str, dialect: str) -
     )
     with served(fake.app) as url, running(gateway(url, stall_s=0.3 if fault == "hang" else 30.0)) as front:
         fake.fault, fake.answer = fault, "Hello! It is over."
-        reply = httpx.post(front + PATHS[dialect], json=question)
+        reply = httpx.post(front + PATHS[dialect], json=question, timeout=60)
         assert reply.status_code == status and words in reply.json()["error"]["message"]
-        text = httpx.post(front + PATHS[dialect], json={**question, "stream": True}).text
+        text = httpx.post(front + PATHS[dialect], json={**question, "stream": True}, timeout=60).text
         assert words in text and "over" not in text
 
 
