@@ -1,4 +1,4 @@
-"""The command line: ``glm52 chat | serve | inspect | train | data | eval``. Importing it stays cheap; a command's
+"""The command line: ``glm52 COMMAND``. Importing it stays cheap; a command's
 module is imported when that command is run."""
 
 import argparse
@@ -16,6 +16,8 @@ _COMMANDS = {
     "inspect": ("glm52.inspect", "what a configuration or checkpoint is, weighs and costs"),
     "train": ("glm52.train.command", "run a training recipe, or resume it"),
     "data": ("glm52.train.build", "build training data: tokenizer and token shards"),
+    "launch": ("glm52.launch", "print or run the command that starts vLLM or SGLang for GLM-5.2"),
+    "agent-check": ("glm52.clients.check", "run real clients against the server and print what works"),
     "eval": ("glm52.evaluate", "score a model on held-out tasks and text"),
 }
 

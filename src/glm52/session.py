@@ -64,6 +64,10 @@ class Session:
             adaptive=num_drafts is None,
             tokenizer=tokenizer,
         )
-        file = folder / "generation_config.json"
-        defaults = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return Session(folder.name, folder, model.config, tokenizer, template, engine, defaults)
+        return Session(folder.name, folder, model.config, tokenizer, template, engine, generation_defaults(folder))
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """A folder's generation_config.json."""
+    file = folder / "generation_config.json"
+    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}

@@ -28,7 +28,18 @@ def test_help_is_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def documentation() -> str:
     out = ["# The command line\n\nWhat `glm52 COMMAND --help` prints.\n"]
-    commands = ["", "chat", "serve", "inspect", "eval", "data build", "data tokenizer", "train"]
+    commands = [
+        "",
+        "chat",
+        "serve",
+        "launch",
+        "agent-check",
+        "inspect",
+        "eval",
+        "data build",
+        "data tokenizer",
+        "train",
+    ]
     for command in commands:
         buffer = io.StringIO()
         with contextlib.redirect_stdout(buffer), contextlib.suppress(SystemExit):

@@ -14,30 +14,18 @@ FLOORS = (
     {"errors", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "schemes", "cache", "chat", "shards"},
-    {"ops", "layouts", "packing", "tasks", "inspect", "grammar"},
+    {"ops", "layouts", "packing", "tasks", "inspect", "grammar", "launch"},
     {"model", "checkpoint"},
     {"native"},
     {"engine", "load"},
     {"session"},
     {"server", "train", "evaluate", "terminal"},
+    {"clients"},
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = (
-    "",
-    ".errors",
-    ".config",
-    ".tokenizer",
-    ".chat",
-    ".headers",
-    ".schemes",
-    ".hub",
-    ".pages",
-    ".inspect",
-    ".grammar",
-    ".tasks",
-    ".cli",
-)
+LIGHT = ("", ".errors", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".hub", ".pages", ".inspect", ".grammar",
+         ".tasks", ".launch", ".cli")  # fmt: skip
 
 
 def room_of(path: Path) -> str:

@@ -122,6 +122,16 @@ class Guide:
         return self._state.is_reasoning
 
     @property
+    def must_close(self) -> bool:
+        """Whether nothing but </think> may come next."""
+        return self.is_reasoning and self._closes() is not None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it thinks under a budget, so that the reply cannot end before its thinking."""
+        return self.is_reasoning and self._limits is not None
+
+    @property
     def num_reasoning(self) -> int:
         return self._state.num_reasoning
 

@@ -11,13 +11,18 @@ from types import FrameType
 
 import uvicorn
 
+from glm52.chat import ChatTemplate
+from glm52.config import GLMConfig
 from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import resolve
+from glm52.server import foreign
 from glm52.server.app import create_app
 from glm52.server.limits import Keys, Limits
 from glm52.server.service import Options, Service
-from glm52.session import Session, add_format_argument
+from glm52.server.upstream import Upstream
+from glm52.session import Session, add_format_argument, generation_defaults
+from glm52.tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", default=[], metavar="KEY",
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
     add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
-    add("--context", type=int, help="cache rows shared by all requests")
-    add("--max-seqs", type=int, default=8, help="replies computed together (default: 8)")
+    add("--context", "--max-model-len", type=int, help="cache rows shared by all requests")
+    add("--max-seqs", "--max-num-seqs", type=int, default=8, help="replies computed together (default: 8)")
     add("--max-waiting", type=int, default=256, help="replies that may queue; more are refused (default: 256)")
-    add("--max-batch-tokens", type=int, default=512, help="tokens of one step (default: 512)")
+    add("--max-batch-tokens", "--max-num-batched-tokens", type=int, default=512,
+        help="tokens of one step (default: 512)")  # fmt: skip
     add("--deadline", type=float, metavar="SECONDS", help="the longest a request may take (default: no limit)")
     add("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
     add("--mode", choices=["chat", "coding"], default="chat",
         help="coding: keep all reasoning, think with Max effort, sample cooler (default: chat)")  # fmt: skip
     add("--verbatim", action="store_true", help="leave clocks and meters in prompts as they are, though prefixes miss")
     add("--log-prompts", action="store_true", help="with GLM52_LOG=INFO: also what was said, not only how much")
+    add("--upstream", metavar="URL",
+        help="let this vLLM, SGLang or llama.cpp server compute; MODEL gives tokenizer and template only")  # fmt: skip
+    add("--upstream-key", metavar="KEY", help="the API key that it wants")
     add_format_argument(parser)
+    foreign.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,25 +60,55 @@ def run(args: argparse.Namespace) -> int:
             f"--host: {args.host} can be reached from other machines; give --api-key, or --insecure to let everyone in"
         )
     listener = _bind(args.host, args.port)
-    session = Session.open(
-        resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
-        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
-    )  # fmt: skip
-    backend = AsyncEngine(session.engine, max_waiting=args.max_seqs + args.max_waiting)
+    for note in foreign.notes(args):
+        print(f"glm52 serve: {note}", file=sys.stderr)
     limits = Limits(max_running=args.max_seqs, max_waiting=args.max_waiting, deadline_s=args.deadline)
     options = Options(
         keys=keys, limits=limits, neutralise=not args.verbatim, mode=args.mode, log_prompts=args.log_prompts
     )
-    name, *aliases = args.served_model_name or [session.name]
-    service = Service(
-        backend, session.tokenizer, session.template, name=name, aliases=aliases, defaults=session.defaults,
-        context_length=session.engine.context_length, options=options,
-    )  # fmt: skip
+    service = _gateway(args, options) if args.upstream else _engine(args, options)
     host, port = listener.getsockname()[:2]
-    print(f"{name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
+    print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
     _Server(service).run(sockets=[listener])
-    backend.close()
+    if isinstance(service.backend, AsyncEngine):
+        service.backend.close()
     return 0
+
+
+def _engine(args: argparse.Namespace, options: Options) -> Service:
+    """A model that is computed here."""
+    session = Session.open(
+        resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
+        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
+    )  # fmt: skip
+    name, *aliases = args.served_model_name or [session.name]
+    return Service(
+        AsyncEngine(session.engine, max_waiting=args.max_seqs + args.max_waiting), session.tokenizer, session.template,
+        name=name, aliases=aliases, defaults=session.defaults, context_length=session.engine.context_length,
+        options=options,
+    )  # fmt: skip
+
+
+def _gateway(args: argparse.Namespace, options: Options) -> Service:
+    """A model that another server computes."""
+    if args.model is None:
+        raise RequestError("--upstream: name the MODEL too; its tokenizer and template must be those of the server's")
+    for flag, value in (
+        ("--format", args.format),
+        ("--drafts", args.drafts),
+        ("--kv-cache-dtype", args.kv_cache_dtype),
+    ):
+        if value not in (None, "auto"):
+            raise RequestError(f"{flag}: the server at {args.upstream} computes, so this is for it to say")
+    folder = resolve(args.model)
+    tokenizer = Tokenizer.read(folder)
+    upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=args.upstream_key)
+    upstream.meet()
+    name, *aliases = args.served_model_name or [upstream.model or folder.name]
+    return Service(
+        upstream, tokenizer, ChatTemplate.read(folder), name=name, aliases=aliases, options=options,
+        defaults=generation_defaults(folder), context_length=min(args.context or 1 << 30, upstream.context_length),
+    )  # fmt: skip
 
 
 class _Server(uvicorn.Server):

@@ -135,8 +135,9 @@ def guided(request: ChatRequest) -> SamplingParams:
         return replace(request.params, grammar=grammar)
     if request.tools and not (grammar and choice.kind == "none"):
         grammar = Grammar.tool_calls(
-            request.tools, choice.kind, name=choice.name, parallel=request.parallel_calls, answer=grammar
-        )
+            request.tools, choice.kind, name=choice.name, parallel=request.parallel_calls, answer=grammar,
+            param="tools" if choice.kind in ("auto", "none") else "tool_choice",
+        )  # fmt: skip
     budget = request.thinking.budget if request.thinking.enabled else None
     return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=Repetition())
 

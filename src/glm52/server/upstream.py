@@ -1,0 +1,239 @@
+"""A backend that has another server compute: vLLM, SGLang or llama.cpp, or one of our own.
+
+Prompts are rendered and tokenized here and go upstream as token ids; what comes back is followed token by token like a
+reply of our own engine: budgets of thinking, stop strings and loops are seen here. Where thinking must close, the
+stream is cut and the reply goes on from the same tokens with ``</think>`` after them. What an upstream cannot be held
+to (forms, required tools) and what it would not tell alike (log probabilities) is refused.
+"""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from glm52.config import GLMConfig
+from glm52.engine import Event, SamplingParams, Sequence
+from glm52.engine.guide import Guide, Marks
+from glm52.errors import RequestError
+from glm52.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+_CONNECT_S, _STALL_S = 10.0, 300.0
+
+
+@dataclass
+class Piece:
+    """What one line of an upstream's stream says. token_ids: None where it gives texts only."""
+
+    text: str = ""
+    token_ids: list[int] | None = None
+    finish: str | None = None
+    num_cached: int | None = None
+
+
+class Upstream:
+    """url: where the server is, with or without ``/v1``. stall_s: how long it may say nothing."""
+
+    def __init__(
+        self, url: str, tokenizer: Tokenizer, config: GLMConfig, *, key: str | None = None, stall_s: float = _STALL_S
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._tokenizer, self._marks = tokenizer, Marks.of(tokenizer)
+        self._eos = frozenset(config.eos_token_id)
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._timeout = httpx.Timeout(stall_s, connect=_CONNECT_S)
+        self.model, self.context_length, self.is_llama = "", config.max_position_embeddings, False
+
+    def meet(self) -> None:
+        """Ask who is there: its model, its window, which protocol it speaks. RequestError if nobody answers."""
+        with _named(self.url), httpx.Client(headers=self._headers, timeout=_CONNECT_S) as client:
+            reply = client.get(f"{self.url}/v1/models")
+            _check_status(reply.status_code, reply.text)
+            models = reply.json().get("data") or [{}]
+            self.model, self.is_llama = models[0].get("id", ""), models[0].get("owned_by") == "llamacpp"
+            window = models[0].get("max_model_len")
+            if self.is_llama:
+                window = client.get(f"{self.url}/props").json().get("default_generation_settings", {}).get("n_ctx")
+        self.context_length = min(self.context_length, window or self.context_length)
+
+    async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
+        """Events of one reply until its finish_reason."""
+        _check(params)
+        prompt = list(tokens)
+        limit = min(params.max_tokens, self.context_length - len(prompt))
+        seq = Sequence(
+            id=0, prompt=prompt, params=params, seed=0, tokens=list(prompt), max_tokens=limit,
+            detokenizer=self._tokenizer.stream(), guide=Guide(params, prompt, limit, self._eos, self._marks),
+        )  # fmt: skip
+        async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout) as client:
+            while seq.finish_reason is None:
+                async with contextlib.aclosing(self._follow(client, seq)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield event
+                if seq.finish_reason is None:
+                    assert self._marks is not None
+                    yield self._take(seq, [self._marks.end_think])
+
+    async def _follow(self, client: httpx.AsyncClient, seq: Sequence) -> AsyncIterator[Event]:
+        """One request upstream: until the reply ends, or must close its thinking."""
+        async with contextlib.aclosing(self._pieces(client, seq)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                seq.num_cached_tokens = seq.num_cached_tokens or piece.num_cached or 0
+                ids = self._tokenizer.encode(piece.text) if piece.token_ids is None else piece.token_ids
+                is_cut = seq.guide.must_close
+                if ids and not is_cut:
+                    yield self._take(seq, ids)
+                    is_cut = seq.guide.must_close
+                if seq.finish_reason is not None or is_cut:
+                    return
+                if piece.finish is not None:
+                    if not (piece.finish == "stop" and seq.guide.is_bound):
+                        seq.finish_reason = "length" if piece.finish == "length" else "stop"
+                        yield Event(seq=seq, text=seq.close_text(), finish_reason=seq.finish_reason)
+                    return
+        raise RequestError("the upstream server's stream was cut off", status=502, code="upstream_cut")
+
+    def _take(self, seq: Sequence, ids: list[int]) -> Event:
+        """Tokens that came, as far as they stand."""
+        said, text = [], ""
+        for token in ids:
+            if seq.guide.is_bound and token in self._eos:
+                break  # the end of the reply becomes the end of the thought
+            piece = seq.append(token, self._eos)
+            if piece is not None:
+                said.append(token)
+                text += piece
+            if seq.finish_reason is not None or seq.guide.must_close:
+                break
+        text += seq.close_text() if seq.finish_reason is not None else ""
+        return Event(seq=seq, token_ids=said, text=text, finish_reason=seq.finish_reason)
+
+    async def _pieces(self, client: httpx.AsyncClient, seq: Sequence) -> AsyncIterator[Piece]:
+        path, body, parse = (
+            ("/completion", self._llama_body(seq), parse_llama)
+            if self.is_llama
+            else ("/v1/completions", self._body(seq), parse_completion)
+        )
+        last = None
+        with _named(self.url):
+            async with client.stream("POST", self.url + path, json=body) as reply:
+                if reply.status_code != 200:
+                    _check_status(reply.status_code, (await reply.aread()).decode("utf-8", "replace"))
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: [DONE]"):
+                        break
+                    if line.startswith(("data:", "error:")):
+                        piece = parse(line.partition(":")[2])
+                        # What ends a reply is told on, once the line after it may have told of the cache.
+                        if last is not None:
+                            last.num_cached = piece.num_cached
+                        elif piece.finish is not None:
+                            last = piece
+                        else:
+                            yield piece
+        if last is not None:
+            yield last
+
+    def _body(self, seq: Sequence) -> Json:
+        """For ``/v1/completions``. Stop strings stay here: upstream they would be found in thinking too."""
+        params = seq.params
+        optional = {
+            "top_k": params.top_k, "min_p": params.min_p, "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty, "ignore_eos": params.ignore_eos,
+            "logit_bias": {str(k): v for k, v in params.logit_bias.items()},
+            "stop_token_ids": sorted(params.stop_token_ids),
+            "min_tokens": int(seq.thinking_closed is not None),
+        }  # fmt: skip
+        return {
+            "model": self.model, "prompt": seq.tokens, "max_tokens": seq.max_tokens - len(seq.output), "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": params.temperature, "top_p": params.top_p,
+            "skip_special_tokens": False, "spaces_between_special_tokens": False, "return_token_ids": True,
+            **{k: v for k, v in optional.items() if v},
+            **({"seed": params.seed} if params.seed is not None else {}),
+            **({"repetition_penalty": params.repetition_penalty} if params.repetition_penalty != 1.0 else {}),
+        }  # fmt: skip
+
+    def _llama_body(self, seq: Sequence) -> Json:
+        """For llama.cpp's ``/completion``, whose own defaults are none of ours."""
+        params = seq.params
+        return {
+            "prompt": seq.tokens, "n_predict": seq.max_tokens - len(seq.output), "stream": True, "cache_prompt": True,
+            "return_tokens": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
+            "min_p": params.min_p, "presence_penalty": params.presence_penalty, "ignore_eos": params.ignore_eos,
+            "frequency_penalty": params.frequency_penalty, "repeat_penalty": params.repetition_penalty,
+            "logit_bias": [[k, v] for k, v in params.logit_bias.items()],
+            **({"seed": params.seed} if params.seed is not None else {}),
+        }  # fmt: skip
+
+
+def _check(params: SamplingParams) -> None:
+    """RequestError for what an upstream cannot be held to."""
+    if params.grammar is not None and params.grammar.param != "tools":
+        name = params.grammar.param
+        raise RequestError(f"{name}: the upstream server cannot be held to a form; ask without it", param=name)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise RequestError(f"{name}: not available through an upstream server", param=name)
+
+
+def parse_completion(line: str) -> Piece:
+    """A line of OpenAI's text completions. RequestError if it is no such line. Pure."""
+    event = _object(line)
+    choice = (event.get("choices") or [{}])[0]
+    details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
+    finish = choice.get("finish_reason")
+    if finish not in (None, "stop", "length"):
+        raise RequestError(f"the upstream server ended the reply: {finish}", status=502, code="upstream_error")
+    return Piece(choice.get("text") or "", choice.get("token_ids"), finish, details.get("cached_tokens"))
+
+
+def parse_llama(line: str) -> Piece:
+    """A line of llama.cpp's ``/completion``. Pure."""
+    event = _object(line)
+    is_end = event.get("stop") is True
+    finish = ("length" if event.get("stop_type") == "limit" else "stop") if is_end else None
+    ids = None if is_end else event.get("tokens") or None
+    return Piece(event.get("content") or "", ids, finish, (event.get("timings") or {}).get("cache_n"))
+
+
+def _object(line: str) -> Json:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise RequestError(f"the upstream server sent what is no event: {line.strip()[:80]!r}", status=502,
+                           code="upstream_garbage")  # fmt: skip
+    if error := event.get("error"):
+        said = error.get("message", error) if isinstance(error, dict) else error
+        raise RequestError(f"the upstream server failed: {said}", status=502, code="upstream_error")
+    return event
+
+
+def _check_status(status: int, body: str) -> None:
+    """What the upstream refuses is refused in its words; what it fails at is a bad gateway."""
+    if status == 200:
+        return
+    known = status in (400, 429, 503)
+    raise RequestError(f"the upstream server answered {status}: {body.strip()[:300]}", status=status if known else 502,
+                       code="upstream_error")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Faults of the connection as errors that say where and what."""
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise RequestError(f"no server answers at {url} ({error})", status=502, code="upstream_unreachable") from error
+    except httpx.TimeoutException as error:
+        raise RequestError(f"the server at {url} said nothing for too long", status=504,
+                           code="upstream_timeout") from error  # fmt: skip
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise RequestError(f"the connection to {url} broke ({error})", status=502, code="upstream_cut") from error
+    except ValueError as error:
+        raise RequestError(f"what answers at {url} is no server of this kind ({error})", status=502,
+                           code="upstream_garbage") from error  # fmt: skip

@@ -1,0 +1,230 @@
+"""The gateway: our dialects in front of another server, real or full of faults."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from glm52 import cli
+from glm52.clients.script import served
+from glm52.config import GLMConfig
+from glm52.engine import AsyncEngine
+from glm52.errors import RequestError
+from glm52.hub import NANO
+from glm52.server.service import Service
+from glm52.server.upstream import Upstream
+from glm52.session import Session
+from tests.scripted import END_THINK, TOKENIZER
+from tests.serving import PATHS, TEMPLATE, WEATHER, ask, running, schema_fields
+
+THINKS = "I think. I go on. " * 400
+CALL = "Hm.</think><tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value></tool_call>"
+
+
+class Fake:
+    """Speaks like vLLM, SGLang (no token ids) or llama.cpp. fault: how it goes wrong. What it says depends on whether
+    its prompt is still thinking."""
+
+    def __init__(self, kind: str = "vllm") -> None:
+        self.kind, self.fault, self.thought, self.answer = kind, "", "Hm.</think>", "Hello!"
+        self.bodies: list[Any] = []
+        self.num_open = 0
+        path = "/completion" if kind == "llamacpp" else "/v1/completions"
+        self.app = Starlette(routes=[
+            Route("/v1/models", self._models), Route("/props", self._props), Route(path, self._say, methods=["POST"]),
+        ])  # fmt: skip
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"data": [{"id": "glm-5.2", "owned_by": self.kind, "max_model_len": 512}]})
+
+    async def _props(self, request: Request) -> Response:
+        return JSONResponse({"default_generation_settings": {"n_ctx": 256}})
+
+    async def _say(self, request: Request) -> Response:
+        self.bodies.append(await request.json())
+        if self.fault == "500":
+            return PlainTextResponse("CUDA out of memory", 500)
+        if self.fault == "429":
+            return PlainTextResponse("too many", 429)
+        return StreamingResponse(self._lines(self.bodies[-1]), media_type="text/event-stream")
+
+    async def _lines(self, body: Any) -> AsyncIterator[str]:
+        self.num_open += 1
+        try:
+            limit = body["n_predict" if self.kind == "llamacpp" else "max_tokens"]
+            is_thinking = END_THINK not in body["prompt"]
+            ids = TOKENIZER.encode((self.thought if is_thinking else "") + self.answer)
+            for at, token in enumerate(ids[:limit]):
+                if at == 3 and self.fault in ("hang", "garbage", "error"):
+                    if self.fault == "hang":
+                        await asyncio.sleep(60)
+                    yield "data: {oops\n\n" if self.fault == "garbage" else 'data: {"error": {"message": "OOM"}}\n\n'
+                    return
+                if self.fault == "slow":
+                    await asyncio.sleep(0.05)
+                yield self._line(token)
+                if at == 3 and self.fault == "cut":
+                    return
+            yield self._end("length" if limit < len(ids) else "stop")
+        finally:
+            self.num_open -= 1
+
+    def _line(self, token: int) -> str:
+        text = TOKENIZER.decode([token])
+        if self.kind == "llamacpp":
+            return f"data: {json.dumps({'content': text, 'tokens': [token], 'stop': False})}\n\n"
+        choice = {"text": text, "finish_reason": None} | ({"token_ids": [token]} if self.kind == "vllm" else {})
+        return f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+    def _end(self, reason: str) -> str:
+        if self.kind == "llamacpp":
+            kind = "limit" if reason == "length" else "eos"
+            return (
+                f"data: {json.dumps({'content': '', 'stop': True, 'stop_type': kind, 'timings': {'cache_n': 2}})}\n\n"
+            )
+        usage = {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": 2}}}
+        choices = {"choices": [{"text": "", "finish_reason": reason}]}
+        return f"data: {json.dumps(choices)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
+
+
+def gateway(url: str, **options: Any) -> Service:
+    upstream = Upstream(url, TOKENIZER, GLMConfig.read(NANO), **options)
+    upstream.meet()
+    return Service(upstream, TOKENIZER, TEMPLATE, name="nano", context_length=upstream.context_length, defaults={})
+
+
+@pytest.fixture(params=["vllm", "sglang", "llamacpp"])
+def fake(request: pytest.FixtureRequest) -> Iterator[tuple[Fake, httpx.Client]]:
+    fake = Fake(request.param)
+    with (
+        served(fake.app) as url,
+        running(gateway(url, stall_s=30.0)) as front,
+        httpx.Client(base_url=front, timeout=60) as client,
+    ):
+        yield fake, client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_dialect_over_every_upstream(fake: tuple[Fake, httpx.Client], stream: bool) -> None:
+    upstream, client = fake
+    for dialect in PATHS:
+        said = ask(client, dialect, "Hi", max_tokens=100, stream=stream)
+        assert (said.reasoning, said.content) == ("Hm.", "Hello!")
+    body = upstream.bodies[-1]
+    assert TOKENIZER.decode(body["prompt"]).endswith("<|assistant|><think>")
+    assert said.usage.get("cache_read_input_tokens") == 2
+
+
+def test_a_call(fake: tuple[Fake, httpx.Client]) -> None:
+    upstream, client = fake
+    upstream.thought, upstream.answer = "", CALL
+    said = ask(client, "chat", "Hi", max_tokens=100, stream=True, tools=[WEATHER])
+    assert said.calls == [["get_weather", '{"city": "Rome"}']] and said.finish == "tool_calls"
+
+
+@pytest.mark.parametrize("dialect", PATHS)
+def test_thinking_that_does_not_end_is_cut_and_closed(fake: tuple[Fake, httpx.Client], dialect: str) -> None:
+    """The second request upstream goes on from the same tokens with </think> after them."""
+    upstream, client = fake
+    upstream.thought, upstream.answer = THINKS, "Hello!"
+    budget = {"chat": {"reasoning": {"max_tokens": 40}}, "zai": {"thinking": {"type": "enabled", "budget_tokens": 40}},
+              "responses": {"reasoning": {"max_tokens": 40}},
+              "messages": {"thinking": {"type": "enabled", "budget_tokens": 40}}}[dialect]  # fmt: skip
+    said = ask(client, dialect, "Hi", max_tokens=200, stream=True, **budget)
+    assert said.content == "Hello!" and said.reasoning.startswith("I think.") and len(upstream.bodies) == 2
+    first, second = (b["prompt"] for b in upstream.bodies)
+    assert second[: len(first)] == first and second[-1] == END_THINK
+    assert 40 <= len(second) - len(first) - 1 <= 64
+    deadline = time.monotonic() + 2
+    while upstream.num_open and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert upstream.num_open == 0
+
+
+def test_the_end_of_a_reply_inside_its_thinking_closes_that(fake: tuple[Fake, httpx.Client]) -> None:
+    upstream, client = fake
+    upstream.thought, upstream.answer = "", "Well."
+    said = ask(client, "chat", "Hi", max_tokens=100)
+    assert (said.reasoning, said.content, len(upstream.bodies)) == ("Well.", "Well.", 2)
+
+
+def test_stop_strings_and_limits_are_kept_here(fake: tuple[Fake, httpx.Client]) -> None:
+    upstream, client = fake
+    upstream.thought, upstream.answer = "Stop here? No.</think>", "One. Stop here. Two."
+    assert ask(client, "chat", "Hi", max_tokens=100, stop=["Stop here"]).content == "One."
+    assert ask(client, "chat", "Hi", max_tokens=4).finish == "length"
+
+
+FAULTS = {"500": (502, "out of memory"), "429": (429, "too many"), "hang": (504, "nothing for too long"),
+          "cut": (502, "cut off"), "garbage": (502, "no event: '{oops'"), "error": (502, "OOM")}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dialect", PATHS)
+def test_faults_are_told_in_the_words_of_the_dialect(fault: str, dialect: str) -> None:
+    fake = Fake()
+    status, words = FAULTS[fault]
+    question = (
+        {"input": "Hi"}
+        if dialect == "responses"
+        else {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 99}
+    )
+    with served(fake.app) as url, running(gateway(url, stall_s=0.3 if fault == "hang" else 30.0)) as front:
+        fake.fault, fake.answer = fault, "Hello! It is over."
+        reply = httpx.post(front + PATHS[dialect], json=question, timeout=60)
+        assert reply.status_code == status and words in reply.json()["error"]["message"]
+        text = httpx.post(front + PATHS[dialect], json={**question, "stream": True}, timeout=60).text
+        assert words in text and "over" not in text
+
+
+def test_hanging_up_cancels_upstream(fake: tuple[Fake, httpx.Client]) -> None:
+    upstream, client = fake
+    upstream.fault, upstream.answer = "slow", "Hello! " * 100
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    with client.stream("POST", PATHS["chat"], json=body) as reply:
+        next(reply.iter_lines())
+        assert upstream.num_open == 1
+    deadline = time.monotonic() + 3
+    while upstream.num_open and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert upstream.num_open == 0
+
+
+@pytest.mark.parametrize("fields", [schema_fields("chat", {"type": "object"}), {"logprobs": True},
+                                    {"tools": [WEATHER], "tool_choice": "required"}])  # fmt: skip
+def test_what_cannot_be_held_is_refused(fake: tuple[Fake, httpx.Client], fields: Any) -> None:
+    reply = fake[1].post(PATHS["chat"], json={"messages": [{"role": "user", "content": "Hi"}], **fields})
+    assert reply.status_code == 400 and "upstream" in reply.json()["error"]["message"]
+
+
+def test_our_own_server_as_upstream() -> None:
+    """Greedy replies through the gateway are those of the server behind it."""
+    session = Session.open(NANO, context=2048)
+    backend = AsyncEngine(session.engine)
+    service = Service(backend, session.tokenizer, session.template, name="nano", context_length=2048, defaults={})
+    with running(service) as url, running(gateway(url)) as front:
+        for dialect in PATHS:
+            both = []
+            for base in (url, front):
+                with httpx.Client(base_url=base, timeout=60) as client:
+                    both.append(ask(client, dialect, "What is 3+4?", max_tokens=120, temperature=0.0, stream=True))
+            assert (both[0].reasoning, both[0].content) == (both[1].reasoning, both[1].content) != ("", "")
+    backend.close()
+
+
+def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RequestError, match=r"no server answers at http://127\.0\.0\.1:9"):
+        Upstream("http://127.0.0.1:9/v1", TOKENIZER, GLMConfig.read(NANO)).meet()
+    for args, words in ((["nano", "--upstream", "http://127.0.0.1:9"], "no server answers"),
+                        (["--upstream", "http://127.0.0.1:9"], "name the MODEL"),
+                        (["nano", "--upstream", "http://127.0.0.1:9", "--drafts", "2"], "--drafts")):  # fmt: skip
+        assert cli.main(["serve", "--port", "0", *args]) == 2
+        assert words in capsys.readouterr().err

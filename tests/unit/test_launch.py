@@ -1,0 +1,53 @@
+"""Commands for other servers, and their flags where they mean little."""
+
+import argparse
+
+import pytest
+
+from glm52 import cli
+from glm52.server import foreign
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert cli.main(["launch", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_vllm_as_the_recipe_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    line = printed(capsys, "vllm")
+    assert line.startswith(
+        "vllm serve zai-org/GLM-5.2-FP8 --tensor-parallel-size 8 --kv-cache-dtype fp8 --speculative-config.method mtp "
+        "--speculative-config.num_speculative_tokens 5 --enable-auto-tool-choice"
+    )
+    assert "--tool-call-parser glm47 --reasoning-parser glm45" in line
+    assert "--kv-cache-dtype" not in printed(capsys, "vllm", "--gpu", "h20", "--tensor-parallel-size", "16")
+    assert "--kv-cache-dtype fp8_e4m3" in printed(capsys, "vllm", "--gpu", "b200")
+    assert "--max-model-len 524288" in printed(capsys, "vllm", "--gpu", "mi300x")
+    assert "speculative" not in printed(capsys, "vllm", "--drafts", "0")
+
+
+def test_sglang_as_the_cookbook_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    line = printed(capsys, "sglang", "--served-model-name", "my glm", "--drafts", "3")
+    assert "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4" in line
+    assert "--served-model-name 'my glm'" in line and "--kv-cache-dtype" not in line
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["vllm", "zai-org/GLM-5.2"], "needs 1786 GB"),
+    (["sglang", "--gpu", "h100"], "needs 893 GB of GPU memory; 8 x h100 have 640 GB"),
+    (["vllm", "--exec"], "there is no vllm here"),
+])  # fmt: skip
+def test_what_cannot_run(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", *args]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_serve_takes_the_flags_of_vllm_and_names_those_without_meaning() -> None:
+    parser = argparse.ArgumentParser()
+    foreign.add_arguments(parser)
+    known = ["--tool-call-parser", "glm47", "--reasoning-parser", "glm45", "--enable-auto-tool-choice"]
+    assert foreign.notes(parser.parse_args([*known, "--tensor-parallel-size", "1"])) == []
+    notes = foreign.notes(parser.parse_args(["--tensor-parallel-size", "8"]))
+    assert [n.split(" means")[0] for n in notes] == ["--tensor-parallel-size 8"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--tool-call-parser", "hermes"])
