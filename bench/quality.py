@@ -1,10 +1,11 @@
-"""What a weight format costs in quality: KL and top-1 agreement of the next token, rows selected, and scores of tasks.
+"""What a format of weights or of the cache costs: KL, top-1 agreement, rows selected, and scores of tasks.
 
-    python -m bench.quality [MODEL] [--items 200] [--formats bf16,fp8,int8,int4]
+    python -m bench.quality [MODEL] [--items 200] [--formats bf16,fp8,int8,int4,f32/fp8,bf16/fp8]
 
+A format is one of weights, or WEIGHTS/CACHE.
 The first three are taken with the reference operators in fp32 on held-out conversations of our generators, once
-with the checkpoint's weights and once with weights that were rounded to the format and back: what differs is the
-rounding alone. The scores come from the engine with the native kernels, greedily.
+with the checkpoint's weights and once with weights (and cached rows) that were rounded to the format and back: what
+differs is the rounding alone. The scores come from the engine with the native kernels, greedily.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bench.common import finish
 from glm52 import ops
-from glm52.cache import Spans
+from glm52.cache import CacheFormat, Spans
 from glm52.chat import Thinking
 from glm52.evaluate import answer, held_out_examples
 from glm52.hub import resolve
@@ -31,9 +32,15 @@ from glm52.tasks import TASKS, draw
 KEPT = ("embed_tokens", "norm", "mlp.gate.", "weights_proj", "bias")
 
 
-def rounded(folder: Path, fmt: WeightFormat) -> GLM:
+def parsed(name: str) -> tuple[WeightFormat, CacheFormat]:
+    weights, _, cache = name.partition("/")
+    return weights, cache or "auto"  # type: ignore[return-value]
+
+
+def rounded(folder: Path, name: str) -> GLM:
     """The reference model in fp32 with every matrix rounded to what ``NativeGLM`` keeps of it."""
     model = load(folder, dtype=torch.float32)
+    fmt, model.cache_format = parsed(name)
     for name, p in model.named_parameters():
         if any(part in name for part in KEPT):
             continue
@@ -85,8 +92,9 @@ def overlap(a: list[Tensor], b: list[Tensor], top_k: int) -> float:
     return same / max(1, total)
 
 
-def scores(folder: Path, fmt: WeightFormat, tasks: list[str], items: int) -> dict[str, float]:
-    session = Session.open(folder, fmt=fmt, max_seqs=16, max_batch_tokens=1024)
+def scores(folder: Path, name: str, tasks: list[str], items: int) -> dict[str, float]:
+    fmt, cache = parsed(name)
+    session = Session.open(folder, fmt=fmt, max_seqs=16, max_batch_tokens=1024, cache=cache)
     out = {}
     for name in tasks:
         task, _, level = name.partition(":")
@@ -99,7 +107,7 @@ def scores(folder: Path, fmt: WeightFormat, tasks: list[str], items: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--formats", default="bf16,fp8,int8,int4")
+    parser.add_argument("--formats", default="bf16,fp8,int8,int4,f32/fp8,bf16/fp8")
     parser.add_argument("--tasks", default="add:2,sub:2,json,tool_call:0,needle:2")
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--conversations", type=int, default=64)
@@ -119,7 +127,7 @@ def main() -> None:
             "scores": scores(folder, fmt, args.tasks.split(","), args.items),
         }
         results[fmt] = row
-        print(f"{fmt:<5} KL {row['kl']:.5f} nats   top-1 {row['top1']:.2%}   rows in common {row['overlap']:.2%}   "
+        print(f"{fmt:<8} KL {row['kl']:.5f} nats   top-1 {row['top1']:.2%}   rows in common {row['overlap']:.2%}   "
               f"{row['scores']}", flush=True)  # fmt: skip
     finish({"model": folder.name, "tokens": len(exact), "results": results})
 

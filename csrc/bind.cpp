@@ -127,17 +127,20 @@ const char* name_of(Format f) {
   return names[static_cast<int>(f)];
 }
 
+// ValueError unless it is the name of one of ``some``.
+Format format_named(const std::string& name, std::initializer_list<Format> some) {
+  std::string all;
+  for (Format f : some) {
+    if (name == name_of(f)) return f;
+    all += std::string(all.empty() ? "" : ", ") + name_of(f);
+  }
+  refuse("format: expected one of " + all + ", found " + name);
+}
+
 Weights pack_matrix(const std::string& format, Array w, std::optional<Array> scales, size_t group, size_t scale_rows,
                     size_t threads) {
   Source s = {};
-  bool known = false;
-  for (Format f : {Format::f32, Format::bf16, Format::int8, Format::int4, Format::fp8}) {
-    if (format == name_of(f)) {
-      s.format = f;
-      known = true;
-    }
-  }
-  if (!known) refuse("format: expected f32, bf16, int8, int4 or fp8, found " + format);
+  s.format = format_named(format, {Format::f32, Format::bf16, Format::int8, Format::int4, Format::fp8});
   const bool dtype_ok = s.format == Format::f32    ? is_f32(w.dtype())
                         : s.format == Format::bf16 ? is_bf16(w.dtype())
                         : s.format == Format::fp8  ? w.dtype() == nb::dtype<uint8_t>()
@@ -371,6 +374,22 @@ void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t pa
   s.draft(in, ids, b, cache, selection, write, out);
 }
 
+void propose(Stack& s, const Weights& head, Array positions, Cache& cache, Selection& selection, Output z, Output out) {
+  if (!s.ends.combine) refuse("propose: this model has no layer that drafts");
+  const size_t D = s.dims().hidden, S = positions.shape(0);
+  const int64_t* at = integers<int64_t>("positions", positions, {ANY});
+  for (size_t i = 0; i < S; ++i) {
+    if (at[i] < 0) refuse("positions: expected 0 or more");
+  }
+  require_matrix("head", head, s.ends.vocabulary, D);
+  float* state = floats_out("z", z, {S, D});
+  require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {S, ANY});
+  if (cache.layers() != s.layers.size()) refuse("cache: expected one of this model");
+  if (selection.tokens != S) refuse("selection: expected one for each sequence");
+  const nb::gil_scoped_release unlocked;
+  s.propose(*head, at, S, out.shape(1), cache, selection, state, static_cast<int64_t*>(out.data()));
+}
+
 std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
   const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
   const size_t n = tokens.shape(0);
@@ -419,14 +438,17 @@ NB_MODULE(_kernels, m) {
       "pairs (gate and up in alternating panels, down). Experts are added in rising order.");
   m.def("read_seconds", &read_seconds, nb::arg("data"), nb::arg("threads"), "Seconds to read a float32 array once.");
 
-  nb::class_<Cache>(m, "Cache", "Latent rows and index keys of every layer, float32 or bfloat16.")
+  nb::class_<Cache>(m, "Cache", "Latent rows and index keys of every layer, in f32, bf16 or fp8.")
       .def(
           "__init__",
-          [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows, bool as_float) {
+          [](Cache* self, const nb::dict& dims, const std::vector<bool>& has_index, size_t rows,
+             const std::string& format) {
             if (rows % PANEL) refuse("rows: expected a multiple of 16, found " + std::to_string(rows));
-            new (self) Cache(read_dims(dims), has_index, rows, as_float);
+            const Dims d = read_dims(dims);
+            const Format f = format_named(format, {Format::f32, Format::bf16, Format::fp8});
+            new (self) Cache(d, has_index, rows, f);
           },
-          nb::arg("dims"), nb::arg("has_index"), nb::arg("rows"), nb::arg("as_float"))
+          nb::arg("dims"), nb::arg("has_index"), nb::arg("rows"), nb::arg("format"))
       .def_ro("num_rows", &Cache::num_rows)
       .def(
           "rows",
@@ -465,6 +487,9 @@ NB_MODULE(_kernels, m) {
       .def("draft", &draft, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
            nb::arg("cache"), nb::arg("selection"), nb::arg("write"), nb::arg("z").noconvert(),
            "z [T, D] of one drafting step. With write it writes rows and fills the selection, else it uses it.")
+      .def("propose", &propose, nb::arg("head"), nb::arg("positions"), nb::arg("cache"), nb::arg("selection"),
+           nb::arg("z").noconvert(), nb::arg("out").noconvert(),
+           "out i64 [S, K]: K greedy drafts of S sequences whose last draft step left z [S, D], at positions i64 [S].")
       .def(
           "linear",
           [](Stack& s, const Weights& w, Array x, Output y) {

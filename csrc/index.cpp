@@ -5,11 +5,17 @@
 // positions.
 #include <algorithm>
 
+#include "e4m3.h"
 #include "gemm.h"
 #include "table.h"
 
 namespace NS {
 namespace {
+
+// E4M3 keys: one scale for each, which is left to the end, since it is positive and relu is homogeneous.
+struct FP8Keys : FP8 {
+  static constexpr bool scaled = false;
+};
 
 // A score and a position as one number that orders them.
 uint64_t ranked(float score, uint32_t position) {
@@ -62,13 +68,18 @@ void score(const IndexArgs& a, const uint8_t* const* panels, float* out) {
     }
     q += width * a.depth;
   }
-  for (size_t p = 0; p < BLOCK; ++p) total[p].store(out + p * LANES);
+  for (size_t p = 0; p < BLOCK; ++p) {
+    if constexpr (F::format == Format::fp8) {
+      total[p] = total[p] * F16::load(reinterpret_cast<const float*>(panels[p] + a.depth * PANEL));
+    }
+    total[p].store(out + p * LANES);
+  }
 }
 
 // The best ``keep`` of positions [begin, end) into ``best`` (room for 2 * keep + 64), unordered; returns how many.
 template <class F>
 size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
-  const size_t room = 2 * a.keep + BLOCK * PANEL, panel_bytes = a.depth * PANEL * sizeof(typename F::Activation);
+  const size_t room = 2 * a.keep + BLOCK * PANEL, panel_bytes = key_panel_bytes(a.format, a.depth);
   const auto* pool = static_cast<const uint8_t*>(a.keys);
   const auto panel_of = [&](size_t position) {
     const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
@@ -103,23 +114,34 @@ size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
 }
 
 size_t scan_any(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
-  return a.as_float ? scan<F32>(a, begin, end, best) : scan<BF16>(a, begin, end, best);
+  if (a.format == Format::f32) return scan<F32>(a, begin, end, best);
+  return a.format == Format::bf16 ? scan<BF16>(a, begin, end, best) : scan<FP8Keys>(a, begin, end, best);
 }
 
 template <class T>
-void write_key_as(const float* x, size_t depth, T* pool, size_t row) {
+void write_key_as(const float* x, size_t depth, T* panel, size_t lane) {
   constexpr size_t together = sizeof(T) == 2 ? 2 : 1;
-  T* panel = pool + row / PANEL * PANEL * depth;
-  for (size_t k = 0; k < depth; ++k) {
-    narrow(x[k], panel[k / together * together * PANEL + row % PANEL * together + k % together]);
-  }
+  for (size_t k = 0; k < depth; ++k)
+    narrow(x[k], panel[k / together * together * PANEL + lane * together + k % together]);
 }
 
-void write_key(const float* x, size_t depth, bool as_float, void* pool, size_t row) {
-  if (as_float)
-    write_key_as(x, depth, static_cast<float*>(pool), row);
+void write_key_fp8(const float* x, size_t depth, uint8_t* panel, size_t lane) {
+  const float scale = power_of_two(x, depth), inverse = 1.0f / scale;
+  for (size_t k = 0; k < depth; ++k) {
+    const size_t in_step = k % STEP / 2 * 2 * PANEL + 2 * lane + k % 2;
+    panel[k / STEP * STEP * PANEL + byte_place(in_step)] = e4m3(x[k] * inverse);
+  }
+  std::memcpy(panel + depth * PANEL + lane * sizeof scale, &scale, sizeof scale);
+}
+
+void write_key(const float* x, size_t depth, Format format, void* pool, size_t row) {
+  uint8_t* panel = static_cast<uint8_t*>(pool) + row / PANEL * key_panel_bytes(format, depth);
+  if (format == Format::f32)
+    write_key_as(x, depth, reinterpret_cast<float*>(panel), row % PANEL);
+  else if (format == Format::bf16)
+    write_key_as(x, depth, reinterpret_cast<bf16*>(panel), row % PANEL);
   else
-    write_key_as(x, depth, static_cast<bf16*>(pool), row);
+    write_key_fp8(x, depth, panel, row % PANEL);
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // Absorbed multi-head latent attention over selected cache rows, a few heads of one token at a time.
 //
-// A row is padded with zeros to a multiple of ROW_PAD values. Scores, softmax, then the weighted sum of the rows' first
-// C values; rows in the order of their ids.
+// A row is padded with zeros to a multiple of ROW_PAD values; one of an fp8 pool is widened first. Scores, softmax,
+// then the weighted sum of the rows' first C values; rows in the order of their ids.
 #include <algorithm>
 
+#include "e4m3.h"
 #include "matrix.h"
 #include "simd.h"
 #include "table.h"
@@ -59,12 +60,12 @@ void score(const MlaArgs& a, const typename E::Value* q, float* scores, size_t p
   const auto* pool = static_cast<const typename E::Value*>(a.rows);
   for (size_t i = 0; i < a.count; i += ROWS) {
     const typename E::Value* row[ROWS];
-    for (size_t r = 0; r < ROWS; ++r) row[r] = pool + a.ids[std::min(i + r, a.count - 1)] * a.row_stride;
+    for (size_t r = 0; r < ROWS; ++r) row[r] = pool + a.ids[std::min(i + r, a.count - 1)] * a.layout.stride();
     if (i + 2 * ROWS < a.count) {
       for (size_t r = 0; r < ROWS; ++r) {
         const auto* next =
-            reinterpret_cast<const char*>(pool + a.ids[std::min(i + ROWS + r, a.count - 1)] * a.row_stride);
-        for (size_t line = 0; line < a.row_stride * sizeof(typename E::Value); line += 64)
+            reinterpret_cast<const char*>(pool + a.ids[std::min(i + ROWS + r, a.count - 1)] * a.layout.stride());
+        for (size_t line = 0; line < a.layout.stride() * sizeof(typename E::Value); line += 64)
           __builtin_prefetch(next + line);
       }
     }
@@ -72,9 +73,9 @@ void score(const MlaArgs& a, const typename E::Value* q, float* scores, size_t p
     for (auto& of_head : acc) {
       for (F16& s : of_head) s = F16::zero();
     }
-    for (size_t z = 0; z < a.row_stride; z += ROW_PAD) {
+    for (size_t z = 0; z < a.layout.stride(); z += ROW_PAD) {
       for (int h = 0; h < H; ++h) {
-        for (size_t r = 0; r < ROWS; ++r) E::dot(acc[h][r], row[r] + z, q + h * a.row_stride + z);
+        for (size_t r = 0; r < ROWS; ++r) E::dot(acc[h][r], row[r] + z, q + h * a.layout.stride() + z);
       }
     }
     for (int h = 0; h < H; ++h) sum_four(acc[h], a.scale, scores + h * padded + i);
@@ -98,7 +99,7 @@ template <class E, int H>
 void gather(const MlaArgs& a, const typename E::Value* p, size_t padded, const float* inverse, float* out) {
   const auto* pool = static_cast<const typename E::Value*>(a.rows);
   constexpr int BLOCKS = 2;  // of 32 values
-  const size_t width = round_up(a.latent, ROW_PAD);
+  const size_t width = round_up(a.layout.latent, ROW_PAD);
   for (size_t c = 0; c < width; c += BLOCKS * ROW_PAD) {
     const int blocks = c + ROW_PAD < width ? BLOCKS : 1;
     F16 acc[H][BLOCKS][2];
@@ -106,8 +107,8 @@ void gather(const MlaArgs& a, const typename E::Value* p, size_t padded, const f
       for (auto& of_block : of_head) of_block[0] = of_block[1] = F16::zero();
     }
     for (size_t i = 0; i < a.count; i += 2) {
-      const auto* x = pool + a.ids[i] * a.row_stride + c;
-      const auto* y = pool + a.ids[std::min(i + 1, a.count - 1)] * a.row_stride + c;
+      const auto* x = pool + a.ids[i] * a.layout.stride() + c;
+      const auto* y = pool + a.ids[std::min(i + 1, a.count - 1)] * a.layout.stride() + c;
       for (int b = 0; b < blocks; ++b) {
         const typename E::Two two(x + b * ROW_PAD, y + b * ROW_PAD);
         for (int h = 0; h < H; ++h) two.add(acc[h][b][0], acc[h][b][1], p + h * padded + i);
@@ -118,7 +119,7 @@ void gather(const MlaArgs& a, const typename E::Value* p, size_t padded, const f
         float values[ROW_PAD];
         E::store(acc[h][b][0] * F16::all(inverse[h]), acc[h][b][1] * F16::all(inverse[h]), values);
         const size_t at = c + b * ROW_PAD;
-        std::memcpy(out + h * a.latent + at, values, std::min(ROW_PAD, a.latent - at) * sizeof(float));
+        std::memcpy(out + h * a.layout.latent + at, values, std::min(ROW_PAD, a.layout.latent - at) * sizeof(float));
       }
     }
   }
@@ -130,19 +131,20 @@ void attend_heads(const MlaArgs& a, size_t first, float* out) {
   static thread_local Buffer<Value> queries, probabilities;
   static thread_local Buffer<float> scratch;
   const size_t padded = round_up(a.count, LANES);
-  Value* q = queries.reserve(H * a.row_stride);
+  Value* q = queries.reserve(H * a.layout.stride());
   for (int h = 0; h < H; ++h) {
-    Value* to = q + h * a.row_stride;
-    narrow(a.q_latent + (first + h) * a.latent, a.latent, to);
-    narrow(a.q_rope + (first + h) * a.rope_stride, a.rotary, to + a.latent);
-    std::memset(to + a.latent + a.rotary, 0, (a.row_stride - a.latent - a.rotary) * sizeof(Value));
+    Value* to = q + h * a.layout.stride();
+    narrow(a.q_latent + (first + h) * a.layout.latent, a.layout.latent, to);
+    narrow(a.q_rope + (first + h) * a.rope_stride, a.layout.rotary, to + a.layout.latent);
+    std::memset(to + a.layout.latent + a.layout.rotary, 0,
+                (a.layout.stride() - a.layout.latent - a.layout.rotary) * sizeof(Value));
   }
   float* scores = scratch.reserve(H * padded);
   Value* p = probabilities.reserve(H * padded);
   score<E, H>(a, q, scores, padded);
   float inverse[H];
   for (int h = 0; h < H; ++h) inverse[h] = softmax<E>(scores + h * padded, a.count, padded, p + h * padded);
-  gather<E, H>(a, p, padded, inverse, out + first * a.latent);
+  gather<E, H>(a, p, padded, inverse, out + first * a.layout.latent);
 }
 
 template <class E>
@@ -153,22 +155,73 @@ void attend_as(const MlaArgs& a, size_t begin, size_t end, float* out) {
   for (; h < end; ++h) attend_heads<E, 1>(a, h, out);
 }
 
-void attend(const MlaArgs& a, size_t begin, size_t end, float* out) {
-  if (a.as_float)
-    attend_as<Float>(a, begin, end, out);
-  else
-    attend_as<Half>(a, begin, end, out);
+// The row as bfloat16, exactly, padded with zeros.
+void widen_row(const uint8_t* row, const RowLayout& r, bf16* out) {
+  float scale[64];
+  for (size_t first = 0; first < r.groups(); first += 64) {
+    const size_t groups = std::min<size_t>(64, r.groups() - first);
+    std::memcpy(scale, row + r.latent + first * sizeof(float), groups * sizeof(float));
+    for (size_t g = 0; g < groups; ++g) {
+      const size_t begin = (first + g) * ROW_GROUP, end = std::min(begin + ROW_GROUP, r.latent);
+      for (size_t i = begin; i < end; ++i) narrow(e4m3_value(row[i]) * scale[g], out[i]);
+    }
+  }
+  std::memcpy(out + r.latent, row + r.latent + r.groups() * sizeof(float), r.rotary * sizeof(bf16));
+  std::memset(out + r.latent + r.rotary, 0, (r.stride() - r.latent - r.rotary) * sizeof(bf16));
 }
 
-void write_row(const float* x, size_t n, size_t stride, bool as_float, void* pool, size_t row) {
+// Over fp8 the selected rows are first brought to a pool of their own.
+void attend_widened(const MlaArgs& a, size_t begin, size_t end, float* out) {
+  static thread_local Buffer<bf16> rows;
+  static thread_local Buffer<int32_t> ids;
+  const size_t stride = a.layout.stride(), bytes = a.layout.bytes();
+  bf16* to = rows.reserve(a.count * stride);
+  int32_t* places = ids.reserve(a.count);
+  for (size_t i = 0; i < a.count; ++i) {
+    widen_row(static_cast<const uint8_t*>(a.rows) + a.ids[i] * bytes, a.layout, to + i * stride);
+    places[i] = static_cast<int32_t>(i);
+  }
+  MlaArgs widened = a;
+  widened.layout.format = Format::bf16, widened.rows = to, widened.ids = places;
+  attend_as<Half>(widened, begin, end, out);
+}
+
+void attend(const MlaArgs& a, size_t begin, size_t end, float* out) {
+  if (a.layout.format == Format::f32)
+    attend_as<Float>(a, begin, end, out);
+  else if (a.layout.format == Format::bf16)
+    attend_as<Half>(a, begin, end, out);
+  else
+    attend_widened(a, begin, end, out);
+}
+
+void write_fp8(const float* x, const RowLayout& r, uint8_t* row) {
+  for (size_t g = 0; g < r.groups(); ++g) {
+    const size_t begin = g * ROW_GROUP, end = std::min(begin + ROW_GROUP, r.latent);
+    const float scale = power_of_two(x + begin, end - begin), inverse = 1.0f / scale;
+    for (size_t i = begin; i < end; ++i) row[i] = e4m3(x[i] * inverse);
+    std::memcpy(row + r.latent + g * sizeof(float), &scale, sizeof scale);
+  }
+  uint8_t* rest = row + r.latent + r.groups() * sizeof(float);
+  for (size_t i = 0; i < r.rotary; ++i) {
+    bf16 value;
+    narrow(x[r.latent + i], value);
+    std::memcpy(rest + i * sizeof value, &value, sizeof value);
+  }
+}
+
+void write_row(const float* x, const RowLayout& r, void* pool, size_t row) {
+  const size_t n = r.latent + r.rotary, stride = r.stride();
   const auto write = [&](auto* to) {
     narrow(x, n, to);
     std::memset(to + n, 0, (stride - n) * sizeof(*to));
   };
-  if (as_float)
+  if (r.format == Format::f32)
     write(static_cast<float*>(pool) + row * stride);
-  else
+  else if (r.format == Format::bf16)
     write(static_cast<bf16*>(pool) + row * stride);
+  else
+    write_fp8(x, r, static_cast<uint8_t*>(pool) + row * r.bytes());
 }
 
 }  // namespace

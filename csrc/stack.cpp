@@ -16,16 +16,12 @@ size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
 
 }  // namespace
 
-Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float)
-    : num_rows(rows),
-      row_stride(round_up(d.latent + d.rotary, ROW_PAD)),
-      as_float(as_float),
-      rows_(has_index.size()),
-      keys_(has_index.size()) {
-  const size_t value = as_float ? sizeof(float) : 2;
+Cache::Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, Format format)
+    : num_rows(rows), layout{format, d.latent, d.rotary}, rows_(has_index.size()), keys_(has_index.size()) {
+  const size_t panels = round_up(rows, KEY_BLOCK) / PANEL;
   for (size_t i = 0; i < has_index.size(); ++i) {
-    rows_[i].reserve(rows * row_stride * value);
-    if (has_index[i]) keys_[i].reserve(round_up(rows, KEY_BLOCK) * d.index_dim * value);
+    rows_[i].reserve(rows * layout.bytes());
+    if (has_index[i]) keys_[i].reserve(panels * key_panel_bytes(format, d.index_dim));
   }
 }
 
@@ -120,6 +116,25 @@ void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& 
   norm(ends.draft_norm, x, T, z);
 }
 
+void Stack::propose(const Matrix& head, const int64_t* positions, size_t sequences, size_t count, Cache& cache,
+                    Selection& s, float* z, int64_t* out) {
+  const size_t D = dims_.hidden, W = head.rows;
+  float* logits = vocabulary_.reserve(sequences * W);
+  int64_t *tokens = proposed_.reserve(sequences), *at = positions_.reserve(sequences);
+  std::copy_n(positions, sequences, at);
+  const Batch b = {sequences, at, nullptr, nullptr, nullptr, 0, 0};  // nothing is written or searched
+  for (size_t k = 0; k < count; ++k) {
+    linear(head, z, D, sequences, logits, W);
+    for (size_t t = 0; t < sequences; ++t) {
+      const float* of_token = logits + t * W;
+      tokens[t] = out[t * count + k] = std::max_element(of_token, of_token + W) - of_token;
+    }
+    if (k + 1 == count) break;
+    draft(z, tokens, b, cache, s, false, z);
+    for (size_t t = 0; t < sequences; ++t) ++at[t];
+  }
+}
+
 void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x) {
   angles(b);
   for (size_t i = begin; i < end; ++i) {
@@ -179,12 +194,12 @@ void Stack::latents(const Layer& l, size_t index, const Batch& b, Cache& cache, 
       table_.norm.rms_norm(row, l.kv_norm.data(), d.latent_eps, d.latent, row);
       table_.norm.rope(row + d.latent, cos, sin, pairs);
       const size_t at = static_cast<size_t>(b.rows[t]);
-      table_.mla.write_row(row, d.latent + d.rotary, cache.row_stride, cache.as_float, cache.rows(index), at);
+      table_.mla.write_row(row, cache.layout, cache.rows(index), at);
       if (!l.index_weights) continue;
       float* key = row + d.latent + d.rotary;
       table_.norm.layer_norm(key, l.index_norm.data(), l.index_bias.data(), d.index_eps, d.index_dim, key);
       table_.norm.rope(key, cos, sin, pairs);
-      table_.index.write_key(key, d.index_dim, cache.as_float, cache.keys(index), at);
+      table_.index.write_key(key, d.index_dim, cache.layout.format, cache.keys(index), at);
     }
   });
 }
@@ -214,7 +229,8 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
   s.width = std::min(G, static_cast<size_t>(longest));
   int32_t *ids = s.ids.reserve(T * s.width), *counts = s.counts.reserve(T);
   // Few tokens share each scan among the threads.
-  const size_t splits = T >= 2 * threads ? 1 : threads, room = 2 * G + KEY_BLOCK;
+  const size_t splits = T >= 2 * threads ? 1 : threads;
+  const size_t room = static_cast<size_t>(longest) > G ? 2 * G + KEY_BLOCK : 0;
   uint64_t* best = best_.reserve(T * splits * room);
   std::vector<size_t> found(T * splits);
   // relu is homogeneous: both scales, of the dot product and of the heads' weights, may be one.
@@ -226,9 +242,9 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
       if (visible <= G) continue;
       const size_t share = round_up(blocks(visible, splits), KEY_BLOCK);
       float* q = tile.reserve(tiled_size(d.index_heads, d.index_dim));
-      table_.gemm.tile(cache.as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
-                       d.index_heads, d.index_dim, q, 0, num_tiles(d.index_heads));
-      const IndexArgs args = {cache.as_float,
+      table_.gemm.tile(cache.layout.format == Format::f32, q_.data() + t * width + d.heads * (d.nope + d.rotary),
+                       d.index_dim, nullptr, d.index_heads, d.index_dim, q, 0, num_tiles(d.index_heads));
+      const IndexArgs args = {cache.layout.format,
                               q,
                               index_w_.data() + t * d.index_heads,
                               d.index_heads,
@@ -295,11 +311,8 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
   pool::each(T * per_token, 1, threads, [&](size_t begin, size_t end) {
     for (size_t u = begin; u < end; ++u) {
       const size_t t = u / per_token, first = u % per_token * HEADS;
-      const MlaArgs args = {cache.as_float,
+      const MlaArgs args = {cache.layout,
                             cache.rows(index),
-                            cache.row_stride,
-                            C,
-                            d.rotary,
                             head,
                             absorbed + t * H * C,
                             q_.data() + t * width + d.nope,

@@ -40,10 +40,11 @@ struct Layer {
   Expert dense;  // the dense MLP or the shared expert
 };
 
-// Rows of every layer, and index keys of those with an indexer. Memory is touched when it is first written.
+// Rows of every layer, and index keys of those with an indexer, in f32, bf16 or fp8. Memory is touched when it is first
+// written.
 class Cache {
  public:
-  Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, bool as_float);
+  Cache(const Dims& d, const std::vector<bool>& has_index, size_t rows, Format format);
   Cache(const Cache&) = delete;
   void* rows(size_t layer) { return rows_[layer].data(); }
   void* keys(size_t layer) { return keys_[layer].data(); }
@@ -51,8 +52,8 @@ class Cache {
   size_t row_bytes(size_t layer) const { return rows_[layer].size(); }
   size_t key_bytes(size_t layer) const { return keys_[layer].size(); }
   size_t num_bytes() const;
-  const size_t num_rows, row_stride;
-  const bool as_float;
+  const size_t num_rows;
+  const RowLayout layout;
 
  private:
   std::vector<Buffer<uint8_t>> rows_, keys_;
@@ -97,6 +98,10 @@ class Stack {
   void forward(const int64_t* tokens, const Batch& b, Cache& cache, float* h);
   // z [T, D]: one step of the drafting layer over h [T, D] and the tokens that follow. `write` as in ``run``.
   void draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z);
+  // Drafts after ``draft``: from z [S, D], changed in place, the likeliest token by ``head``, then one more step of the
+  // drafting layer with it at the next position over the same selection, and so on: out [S, count].
+  void propose(const Matrix& head, const int64_t* positions, size_t sequences, size_t count, Cache& cache, Selection& s,
+               float* z, int64_t* out);
   // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the
   // selection given is used as it stands.
   void run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x);
@@ -140,7 +145,8 @@ class Stack {
   // Scratch, kept between calls.
   Selection selection_;
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
-      weights_;
+      weights_, vocabulary_;
+  Buffer<int64_t> proposed_, positions_;
   Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
   Buffer<float> sorted_weights_;
   Buffer<int32_t> ids_, sorted_tokens_;

@@ -6,8 +6,29 @@
 
 #include "matrix.h"
 
-// Rows of a latent pool are padded with zeros to a multiple of this.
+// Rows of a latent pool are padded with zeros to a multiple of this, except in fp8.
 constexpr size_t ROW_PAD = 32;
+// Values of an fp8 row that share a scale.
+constexpr size_t ROW_GROUP = 128;
+
+// How a cache holds its rows, f32, bf16 or fp8, and how many bytes that is.
+//
+//   fp8:  latent values, E4M3 | their scales, fp32 | the rotated key, bf16;   index keys: E4M3 and a scale each
+struct RowLayout {
+  Format format;
+  size_t latent, rotary;
+  size_t stride() const { return round_up(latent + rotary, ROW_PAD); }
+  size_t groups() const { return (latent + ROW_GROUP - 1) / ROW_GROUP; }
+  size_t bytes() const {
+    return format == Format::fp8 ? latent + groups() * sizeof(float) + 2 * rotary
+                                 : stride() * (format == Format::f32 ? 4 : 2);
+  }
+};
+
+// Sixteen index keys of a pool.
+inline size_t key_panel_bytes(Format f, size_t depth) {
+  return PANEL * (f == Format::fp8 ? depth + sizeof(float) : depth * (f == Format::f32 ? 4 : 2));
+}
 
 // x is tiled (see matrix.h); panels [begin, end) are computed; y and h are float with a stride between tokens.
 struct Gemm {
@@ -37,9 +58,9 @@ struct Norm {
 
 // One token's attention: heads q_latent [H, latent] and q_rope [H, rope_stride] against `count` rows of the pool.
 struct MlaArgs {
-  bool as_float;
+  RowLayout layout;
   const void* rows;
-  size_t row_stride, latent, rotary, rope_stride;
+  size_t rope_stride;
   const float *q_latent, *q_rope;
   const int32_t* ids;
   size_t count;
@@ -49,12 +70,13 @@ struct MlaArgs {
 struct Mla {
   // Heads [begin, end) of out [H, latent].
   void (*attend)(const MlaArgs& a, size_t begin, size_t end, float* out);
-  void (*write_row)(const float* x, size_t n, size_t stride, bool as_float, void* pool, size_t row);
+  // x [latent + rotary] into a row of the pool.
+  void (*write_row)(const float* x, const RowLayout& layout, void* pool, size_t row);
 };
 
 // One token's search: q is tiled with heads in the place of tokens, keys lie in panels of 16 rows.
 struct IndexArgs {
-  bool as_float;
+  Format format;
   const void* q;
   const float* weights;
   size_t heads, depth;
@@ -68,7 +90,7 @@ struct Index {
   // The best `keep` of positions [begin, end), begin a multiple of 64, as (score, position) in one number; unordered.
   // `best` has room for 2 * keep + 64.
   size_t (*scan)(const IndexArgs& a, size_t begin, size_t end, uint64_t* best);
-  void (*write_key)(const float* x, size_t depth, bool as_float, void* pool, size_t row);
+  void (*write_key)(const float* x, size_t depth, Format format, void* pool, size_t row);
 };
 
 struct Stream {

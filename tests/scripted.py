@@ -11,6 +11,7 @@ from glm52.cache import Spans
 from glm52.config import GLMConfig
 from glm52.engine import Engine
 from glm52.hub import NANO
+from glm52.model import GLM
 from glm52.tokenizer import Tokenizer
 from tests.fixtures import tiny_config
 
@@ -38,6 +39,8 @@ class ScriptedModel:
     def draft(self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None):  # type: ignore[no-untyped-def]
         h = torch.stack((tokens_T, spans.positions_T + 1, torch.ones_like(tokens_T)), 1)
         return h, torch.zeros(len(tokens_T), 1) if selection is None else selection
+
+    propose = GLM.propose
 
     def logits(self, h_TD: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([self._row(*map(int, row)) for row in h_TD]))

@@ -14,6 +14,7 @@ from glm52.errors import ConfigError
 
 FULL, SHARED = "full", "shared"
 DENSE, SPARSE = "dense", "sparse"
+CACHE_GROUP = 128  # values of an FP8 cache row that share a scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +144,13 @@ class GLMConfig:
     def row_bytes(self, fmt: str) -> tuple[int, int]:
         """Cache bytes of one token in one layer: its row, and its index key where the layer owns an indexer.
 
-        fmt ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per 128 values and bf16 rotated key; E4M3 index key
-        with one fp32 scale. Source: the FlashMLA README.
+        fmt ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per CACHE_GROUP values and bf16 rotated key; E4M3 index
+        key with one fp32 scale. Source: the FlashMLA README.
         """
         if fmt == "bf16":
             return 2 * self.row_width, 2 * self.index_head_dim
         if fmt == "fp8":
-            scales = -(-self.kv_lora_rank // 128)
+            scales = -(-self.kv_lora_rank // CACHE_GROUP)
             return self.kv_lora_rank + 4 * scales + 2 * self.qk_rope_head_dim, self.index_head_dim + 4
         raise ValueError(f"fmt: expected bf16 or fp8, found {fmt!r}")
 

@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024, context=65_536)
+    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024, context=65_536,
+                           cache=args.kv_cache_dtype)  # fmt: skip
     if args.dense:
         session.engine.model.index_topk = session.engine.context_length
     results: list[Score] = []

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from glm52 import ops
+from glm52.cache import CacheFormat
 from glm52.checkpoint import Checkpoint, read_parameters, write_checkpoint
 from glm52.config import GLMConfig
 from glm52.errors import ConfigError
@@ -34,18 +35,21 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> GLM:
     return model.requires_grad_(False).eval()
 
 
-def load_for_inference(folder: Path, fmt: WeightFormat) -> GLM | NativeGLM:
+def load_for_inference(folder: Path, fmt: WeightFormat, cache: CacheFormat = "auto") -> GLM | NativeGLM:
     """Read a folder for generation: packed for the native kernels where there are any, else the reference model.
 
     ConfigError if a quantised format is asked for without kernels, since the reference holds none.
     """
     if ops.backend() != "reference":
         model = load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16)
+        model.cache_format = cache
         return NativeGLM(model, fmt, consume=True)
     if fmt not in ("f32", "bf16"):
         raise ConfigError(f"--format {fmt}: expected f32 or bf16 without the native kernels; install a C++ compiler "
                           "and glm52 again for the others")  # fmt: skip
-    return load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16)
+    model = load(folder, dtype=torch.float32 if fmt == "f32" else torch.bfloat16)
+    model.cache_format = cache
+    return model
 
 
 def save(model: GLM, folder: Path) -> None:

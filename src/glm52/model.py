@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glm52 import ops
-from glm52.cache import LatentCache, Spans
+from glm52.cache import CacheFormat, LatentCache, Pool, Spans, cache_dtype
 from glm52.config import GLMConfig
 
 # Fixed by the published model code, not by config.json.
@@ -149,13 +149,12 @@ class Attention(nn.Module):
             pool = context.cache.rows(self.layer)
             if context.write:
                 ops.write_rows(pool, context.spans.row_T, rows)
-            rows = pool
         if self.indexer is not None and context.write:
             selection = self._select(self.indexer, h_TD, q_TQ, selection, context)
         kv_b = self.kv_b_proj.weight.view(self.heads, -1, self.latent_dim)
         if context.cache is not None:
             assert selection.ids_TG is not None
-            o = ops.mla_absorbed(q_nope, q_rope, rows.to(h_TD.dtype), kv_b, selection.ids_TG, self.scale)
+            o = ops.mla_absorbed(q_nope, q_rope, pool, kv_b, selection.ids_TG, self.scale)
         else:
             o = ops.mla_expanded(q_nope, q_rope, rows, kv_b, selection.ids_TG, context.spans, self.scale)
             if selection.scores_BTT is not None:
@@ -180,7 +179,7 @@ class Attention(nn.Module):
             return Selection()
         # The language-model loss never trains the indexer: its inputs are detached.
         q, w, k = indexer(h_TD.detach(), q_TQ.detach(), context.rope)
-        keys = k
+        keys: Pool = k
         if cache is not None:
             keys = cache.keys(self.layer)
             ops.write_rows(keys, spans.row_T, k)
@@ -312,13 +311,15 @@ class Decoder(nn.Module):
 class GLM(nn.Module):
     """The whole model. Weights are left uninitialised until they are loaded or ``train.init`` fills them.
 
-    ``index_topk`` starts as the configuration's; training raises it to attend densely.
+    ``index_topk`` starts as the configuration's; training raises it to attend densely. ``cache_format``: what
+    ``new_cache`` makes.
     """
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.config = config
         self.index_topk = config.index_topk
+        self.cache_format: CacheFormat = "auto"
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
@@ -332,7 +333,7 @@ class GLM(nn.Module):
         return self.lm_head.weight.dtype
 
     def new_cache(self, num_rows: int) -> LatentCache:
-        return LatentCache(self.config, num_rows, self.dtype)
+        return LatentCache(self.config, num_rows, cache_dtype(self.cache_format, self.dtype))
 
     def forward(self, tokens_T: Tensor, spans: Spans, cache: LatentCache | None = None) -> Tensor:
         """tokens_T int64 -> h_TD, the hidden state after ``model.norm``. With a cache, the tokens' rows are written."""
@@ -375,6 +376,17 @@ class GLM(nn.Module):
         x_TD = mtp.combine(self.model.embed_tokens(tokens_T), h_TD)
         y_TD, chosen = mtp(x_TD, Selection(selection), context)
         return mtp.shared_head["norm"](y_TD), chosen.ids_TG
+
+    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: LatentCache, selection: Tensor, count: int) -> Tensor:
+        """Greedy drafts [S, count] of S sequences: the likeliest token of z_SD, as a step of ``draft`` left it, then
+        that of the step it begins, at positions_S, and so on over the same selection."""
+        tokens: list[Tensor] = []
+        for step in range(count):
+            if tokens:
+                spans = Spans.of_positions(positions_S + step - 1)
+                z_SD, _ = self.draft(z_SD, tokens[-1], spans, cache, selection)
+            tokens.append(self.logits(z_SD).argmax(-1))
+        return torch.stack(tokens, dim=1)
 
     def draft_steps(
         self, h_TD: Tensor, tokens_AT: Tensor, spans: Spans, distill: bool = False

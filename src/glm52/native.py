@@ -23,12 +23,12 @@ _PANEL = 16  # rows of a panel; see csrc/matrix.h
 
 
 class NativeCache:
-    """Rows and index keys of every layer, inside the extension: bf16, or fp32 for an f32 model."""
+    """Rows and index keys of every layer, inside the extension: f32, bf16 or fp8."""
 
-    def __init__(self, config: GLMConfig, num_rows: int, *, as_float: bool) -> None:
+    def __init__(self, config: GLMConfig, num_rows: int, fmt: str) -> None:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         has_index = [i in config.index_layers for i in range(layers)]
-        self.handle = ops.kernels().Cache(_dims(config), has_index, num_rows, as_float)
+        self.handle = ops.kernels().Cache(_dims(config), has_index, num_rows, fmt)
         self.num_rows = num_rows
 
     @property
@@ -45,7 +45,7 @@ class NativeGLM:
     """
 
     def __init__(self, model: GLM, fmt: WeightFormat, threads: int | None = None, *, consume: bool = False) -> None:
-        self.config, self.format = model.config, fmt
+        self.config, self.format, self.cache_format = model.config, fmt, model.cache_format
         self._extension = ops.kernels()
         self._stack = self._extension.Stack(_dims(model.config), threads or torch.get_num_threads())
         self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16
@@ -94,7 +94,8 @@ class NativeGLM:
         return float(self._stack.select_s)
 
     def new_cache(self, num_rows: int) -> NativeCache:
-        return NativeCache(self.config, num_rows, as_float=self.format == "f32")
+        own = "f32" if self.format == "f32" else "bf16"
+        return NativeCache(self.config, num_rows, own if self.cache_format == "auto" else self.cache_format)
 
     def __call__(self, tokens_T: Tensor, spans: Spans, cache: NativeCache) -> Tensor:
         """tokens_T int64 -> h_TD fp32, the hidden state after ``model.norm``; the tokens' rows are written."""
@@ -118,6 +119,12 @@ class NativeGLM:
             h_TD, tokens_T, spans.where_3T, spans.tables_SP, spans.page_size, cache.handle, selection, first, z_TD
         )
         return z_TD, selection
+
+    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: NativeCache, selection: Any, count: int) -> Tensor:
+        """Greedy drafts [S, count] in one call; see ``GLM.propose``."""
+        tokens_SK = torch.empty(len(positions_S), count, dtype=torch.int64)
+        self._stack.propose(self._head, positions_S, cache.handle, selection, z_SD.clone(), tokens_SK)
+        return tokens_SK
 
     # ── packing ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from glm52.cache import CacheFormat
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
 from glm52.engine import Engine
@@ -22,6 +23,8 @@ _SMALL_BYTES = 1 << 30
 def add_format_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--format", choices=get_args(WeightFormat),
                         help="format of the weights (default: f32 below 1 GiB, else bf16)")  # fmt: skip
+    parser.add_argument("--kv-cache-dtype", choices=get_args(CacheFormat), default="auto",
+                        help="format of cached rows and index keys (default: that of activations)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,17 @@ class Session:
         max_seqs: int = 8,
         max_batch_tokens: int = 512,
         num_drafts: int | None = None,
+        cache: CacheFormat = "auto",
     ) -> "Session":
         """Load a folder. fmt None: f32 for a small model, else bf16. context: cache rows for all sequences together
         (default: the model's longest context, at most 32,768). num_drafts None: with an
-        MTP layer up to 3, as many as pay."""
+        MTP layer up to 3, as many as pay. cache: how rows and index keys are held."""
         config = GLMConfig.read(folder)
         if fmt is None:
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
             fmt = "f32" if size < _SMALL_BYTES else "bf16"
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
-        model = load_for_inference(folder, fmt)
+        model = load_for_inference(folder, fmt, cache)
         if context is not None and context < 64:
             raise RequestError(f"--context: expected at least 64 tokens, found {context}")
         engine = Engine(

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    session = Session.open(resolve(args.model), fmt=args.format, num_drafts=args.drafts)
+    session = Session.open(resolve(args.model), fmt=args.format, num_drafts=args.drafts,
+                           cache=args.kv_cache_dtype)  # fmt: skip
     chat = Chat(session, args, sys.stdout)
     if args.prompt is not None:
         return 0 if chat.say(args.prompt) else 1

@@ -66,7 +66,8 @@ def afresh(engine: Engine, prompt: list[int], params: SamplingParams) -> list[in
         if guide.is_complete:
             break
         tokens = prompt + output
-        token = int(np.argmax(guide.shape(processed(SAY(tokens[-1], len(tokens) - 1), params, prompt, output))))
+        logits = processed(SAY(tokens[-1], len(tokens) - 1), params, tokens, len(prompt))
+        token = int(np.argmax(guide.shape(logits)))
         if token in engine._eos:
             break
         output.append(token)

@@ -51,9 +51,10 @@ def test_f32_is_the_reference(shape: str, seed: int) -> None:
     assert (forward(NativeGLM(model, "f32", threads=2), tokens(), 64)[0] - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_bits_do_not_depend_on_chunk_or_threads(fmt: str) -> None:
+@pytest.mark.parametrize(("fmt", "cache"), [*((f, "auto") for f in FORMATS), ("bf16", "fp8"), ("f32", "fp8")])
+def test_bits_do_not_depend_on_chunk_or_threads(fmt: str, cache: Any) -> None:
     model = random_model(tiny_config(index_topk=40))
+    model.cache_format = cache
     one, two = NativeGLM(model, fmt, threads=1), NativeGLM(model, fmt, threads=2)
     whole = forward(one, tokens(), LENGTH)[0]
     for native, chunk in ((two, LENGTH), (one, 1), (two, 1), (two, 7), (one, 32)):
@@ -103,6 +104,37 @@ def test_quantized_formats_are_the_reference_of_their_weights(fmt: str) -> None:
     assert (z - z_reference).square().mean().sqrt() < 0.03 * z_reference.std()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_fp8_cache_holds_what_the_reference_holds(shape: str) -> None:
+    """The same bytes but for values that lie between two codes, and the same logits within the rounding of queries to bf16.
+    Dense attention and every expert, so that no choice flips."""
+    experts = SHAPES[shape].get("n_routed_experts", 4)
+    model = random_model(tiny_config(**SHAPES[shape] | {"index_topk": 1000, "num_experts_per_tok": experts}))
+    model.cache_format = "fp8"
+    native = NativeGLM(model, "f32", threads=2)
+    spans = Spans.of_sequence(0, LENGTH, 16)
+    with torch.inference_mode():
+        ours, theirs = native.new_cache(160), model.new_cache(160)
+        got, expected = native.logits(native(tokens(), spans, ours)), model.logits(model(tokens(), spans, theirs))
+    rows = ours.handle.rows(0).view(160, -1)[:LENGTH]
+    assert rows.shape[1] == model.config.row_bytes("fp8")[0]
+    assert (rows == theirs.rows(0).bytes_NB[:LENGTH]).float().mean() > 0.999
+    assert (got - expected).square().mean().sqrt() < 0.02 * expected.std()
+
+
+def test_fp8_index_keys_choose_what_the_reference_chooses() -> None:
+    """The rows that the first layer selects, whose inputs are the same: its logits would be off by a tenth otherwise."""
+    model = random_model(tiny_config(num_hidden_layers=2, index_topk=16, indexer_types=("full",) * 2,
+                                     mlp_layer_types=("dense",) * 2, num_nextn_predict_layers=0))  # fmt: skip
+    model.cache_format = "fp8"
+    with torch.inference_mode():
+        spans = Spans.of_sequence(0, LENGTH, 16)
+        expected = model.logits(model(tokens(), spans, model.new_cache(160)))
+    got = forward(NativeGLM(model, "f32", threads=2), tokens(), 64)[0]
+    close = (got - expected).abs().amax(1) < 0.05 * expected.std()
+    assert close.float().mean() > 0.9
+
+
 def test_drafts_are_the_reference() -> None:
     """The first step writes rows and selects; later ones reuse the last selection and write nothing."""
     model = random_model(tiny_config())
@@ -118,6 +150,26 @@ def test_drafts_are_the_reference() -> None:
             third, _ = body.draft(second, torch.tensor([9]), Spans.of_sequence(101, 102, 16), cache, last)
             outputs.append(torch.cat((z, second, third)))
     assert (outputs[0] - outputs[1]).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_proposed_drafts_are_those_of_single_steps() -> None:
+    """Two sequences at once, four drafts: the likeliest token of each step, in the reference and natively."""
+    model = random_model(tiny_config())
+    proposed = []
+    for body in (model, NativeGLM(model, "f32", threads=2)):
+        cache, ids = body.new_cache(160), tokens(100)
+        h = body(ids, Spans.of_sequence(0, 100, 16), cache)
+        z, selection = body.draft(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache)
+        ends = torch.tensor([60, 99])
+        z, selection = z[ends], selection[ends]
+        drafts = body.propose(z, ends + 1, cache, selection, 4)
+        for step in range(4):
+            assert torch.equal(body.logits(z).argmax(1), drafts[:, step])
+            spans = Spans.of_positions(ends + 1 + step)
+            z, _ = body.draft(z, drafts[:, step].contiguous(), spans, cache, selection)
+        proposed.append(drafts)
+    assert torch.equal(*proposed)
 
 
 @pytest.mark.parametrize(("change", "named"), [

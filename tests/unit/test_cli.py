@@ -21,7 +21,7 @@ def glm52(*args: str, text: str = "", **environment: str) -> subprocess.Complete
 
 
 def test_help_is_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/cli.md holds the help of every command. To write it anew: python -m tests.unit.test_cli"""
+    """docs/cli.md holds the help of every command. To write it anew: COLUMNS=110 python -m tests.unit.test_cli"""
     monkeypatch.setenv("COLUMNS", "110")
     assert DOC.read_text() == documentation()
 

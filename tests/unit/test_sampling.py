@@ -33,10 +33,10 @@ def test_truncations() -> None:
 def test_penalties_count_what_was_said() -> None:
     x = np.zeros(4)
     params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
-    assert processed(x, params, [3], [1, 1, 2]).tolist() == [0.0, -2.0, -1.5, 0.0]
-    repeated = processed(np.array([2.0, -2.0, 2.0]), SamplingParams(repetition_penalty=2.0), [0], [1])
+    assert processed(x, params, [3, 1, 1, 2], 1).tolist() == [0.0, -2.0, -1.5, 0.0]
+    repeated = processed(np.array([2.0, -2.0, 2.0]), SamplingParams(repetition_penalty=2.0), [0, 1], 1)
     assert repeated.tolist() == [1.0, -4.0, 2.0]
-    assert processed(x, SamplingParams(logit_bias={2: 5.0}), [], []).tolist() == [0, 0, 5, 0]
+    assert processed(x, SamplingParams(logit_bias={2: 5.0}), [], 0).tolist() == [0, 0, 5, 0]
 
 
 @given(u=st.floats(0, 1, exclude_max=True))

@@ -41,6 +41,7 @@ class Model(Protocol):
     def draft(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None
     ) -> tuple[Tensor, Any]: ...
+    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: Any, selection: Any, count: int) -> Tensor: ...
 
 
 @dataclass
@@ -179,20 +180,18 @@ class Engine:
     def _tokens(self, work: list[Work]) -> Tensor:
         ids: list[int] = []
         for w in work:
-            ids += (w.seq.tokens + w.seq.drafts)[w.seq.num_cached : w.seq.num_cached + w.count]
+            known = w.seq.tokens[w.seq.num_cached : w.seq.num_cached + w.count]
+            ids += known + w.seq.drafts[: w.count - len(known)]
         return torch.tensor(ids)
 
     def _spans(self, parts: list[tuple[Sequence, int, int]]) -> Spans:
-        """Spans of tokens [begin, begin + count) of each sequence over the cache.
-
-        A draft step may stand beyond the pages its sequence has; it writes no row, so any row number will do for it.
-        """
+        """Spans of tokens [begin, begin + count) of each sequence over the cache."""
         size = self.pages.page_size
         widest = max(len(seq.pages) for seq, _, _ in parts)
         tables = np.array([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], dtype=np.int32)
         positions = np.concatenate([np.arange(begin, begin + count) for _, begin, count in parts])
         seqs = np.repeat(np.arange(len(parts)), [count for _, _, count in parts])
-        rows = tables[seqs, np.minimum(positions // size, widest - 1)].astype(np.int64) * size + positions % size
+        rows = tables[seqs, positions // size].astype(np.int64) * size + positions % size
         lengths = [begin + count for _, begin, count in parts]
         return Spans(
             where_3T=torch.from_numpy(np.stack((positions, rows, seqs))),
@@ -269,7 +268,7 @@ class Engine:
         by a draw from the residual, which keeps the distribution exact. Source: Leviathan et al., 2211.17192.
         """
         params, position = seq.params, len(seq.tokens)
-        x = seq.guide.shape(processed(logits_W, params, seq.prompt, seq.output))
+        x = seq.guide.shape(processed(logits_W, params, seq.tokens, len(seq.prompt)))
         if params.is_greedy:
             token = int(np.argmax(x))
             return token, depth is not None and token == seq.drafts[depth]
@@ -299,8 +298,9 @@ class Engine:
             at += w.count
         if self.num_drafts:
             self._draft(extend)
-        for seq, _, _ in extend:
-            self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
+        for seq, _, begin in extend:
+            if seq.num_cached // self.pages.page_size > begin // self.pages.page_size:  # a page has become full
+                self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
             if seq.finish_reason is not None:
                 self.stats.cached_tokens += seq.num_cached_tokens
                 self.scheduler.leave(seq)
@@ -323,28 +323,43 @@ class Engine:
             i for i, (seq, begin, n) in enumerate(parts)
             if begin + n == len(seq.tokens) - 1 and seq.finish_reason is None and self._has_room(seq)
         ]  # fmt: skip
-        if not chosen:
+        if not chosen or not self.draft_depth:
             return
         seqs = [parts[i][0] for i in chosen]
-        marks = [seq.guide.mark() for seq in seqs]
         z_SD, selection = z_TD[ends[chosen]], selection[ends[chosen]]
+        positions = torch.tensor([len(seq.tokens) - 1 for seq in seqs])
+        if all(self._is_plain(seq) for seq in seqs):
+            drafts = self.model.propose(z_SD, positions, self.cache, selection, self.draft_depth).tolist()
+            for seq, tokens in zip(seqs, drafts, strict=True):
+                seq.drafts, seq.draft_probabilities = tokens, [None] * len(tokens)
+        else:
+            self._draw(seqs, z_SD, positions, selection)
+
+    def _is_plain(self, seq: Sequence) -> bool:
+        """Whether nothing stands between the model's logits and its drafts."""
+        return seq.params.is_greedy and not seq.params.is_shifted and seq.guide.is_free(self.draft_depth)
+
+    def _draw(self, seqs: list[Sequence], z_SD: Tensor, positions_S: Tensor, selection: Any) -> None:
+        """Drafts drawn one by one, the way their sequences' tokens are."""
+        marks = [seq.guide.mark() for seq in seqs]
         for depth in range(self.draft_depth):
             logits = self.model.logits(z_SD).numpy()
             proposed = [self._propose(seq, x) for seq, x in zip(seqs, logits, strict=True)]
             if depth + 1 < self.draft_depth:
-                spans = self._spans([(seq, len(seq.tokens) - 1 + depth, 1) for seq in seqs])
+                spans = Spans.of_positions(positions_S + depth)
                 z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, selection)
         for seq, mark in zip(seqs, marks, strict=True):
             seq.guide.reset(mark)
 
     def _has_room(self, seq: Sequence) -> bool:
         """Whether all drafts and one more token fit before the sequence must end."""
-        return len(seq.output) + self.draft_depth + 1 <= seq.max_tokens
+        return len(seq.tokens) - len(seq.prompt) + self.draft_depth + 1 <= seq.max_tokens
 
     def _propose(self, seq: Sequence, logits_W: Array) -> int:
         """Append one draft to a sequence, drawn the way its token will be; its guide moves on with it."""
         position = len(seq.tokens) + len(seq.drafts)
-        x = seq.guide.shape(processed(logits_W, seq.params, seq.prompt, seq.output + seq.drafts))
+        before = seq.tokens + seq.drafts if seq.params.is_shifted else seq.tokens
+        x = seq.guide.shape(processed(logits_W, seq.params, before, len(seq.prompt)))
         if seq.params.is_greedy:
             token, q = int(np.argmax(x)), None
         else:

@@ -134,6 +134,13 @@ class Guide:
     def error(self) -> str | None:
         return self._matcher.error if self._matcher else None
 
+    def is_free(self, ahead: int) -> bool:
+        """Whether any token may come next and the ``ahead`` tokens after it, as far as can be told."""
+        state = self._state
+        if self._matcher is not None or state.is_fresh:
+            return False
+        return not state.is_reasoning or self._limits is None or state.num_reasoning + ahead < self._limits.soft
+
     def shape(self, logits_W: Array) -> Array:
         """The logits as they may be chosen from: what is forbidden here is -inf. The argument is left as it is."""
         state = self._state

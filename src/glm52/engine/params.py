@@ -73,3 +73,9 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether a bias or a penalty changes the model's logits."""
+        penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(self.logit_bias or penalized)

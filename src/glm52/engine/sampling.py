@@ -23,18 +23,17 @@ def uniform(seed: int, position: int, purpose: Literal["token", "draft", "accept
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
-def processed(logits_W: Array, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Array:
-    """Logits after bias and penalties. prompt and output: all tokens before this one."""
-    plain = not params.logit_bias and params.repetition_penalty == 1.0
-    if plain and not params.presence_penalty and not params.frequency_penalty:
+def processed(logits_W: Array, params: SamplingParams, tokens: Sequence[int], prompt_length: int) -> Array:
+    """Logits after bias and penalties. tokens: all before this one, the prompt first."""
+    if not params.is_shifted:
         return logits_W
     x = logits_W.astype(np.float64)
     for token, bias in params.logit_bias.items():
         x[token] += bias
     if params.repetition_penalty != 1.0:
-        seen = np.fromiter({*prompt, *output}, dtype=np.int64)
+        seen = np.fromiter(set(tokens), dtype=np.int64)
         x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)
-    for token, count in Counter(output).items():
+    for token, count in Counter(tokens[prompt_length:]).items():
         x[token] -= params.presence_penalty + params.frequency_penalty * count
     return x
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm52.cache import Spans
+from glm52.cache import Pool, Spans
 
 # Elements that a tile of gathered rows or of scores may hold: bounds scratch memory, not results.
 _TILE_ELEMENTS = 1 << 23
@@ -73,13 +73,13 @@ def index_scores(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor) -> Tensor:
     return torch.einsum("...tx,...txn->...tn", wide(w_TX), F.relu(dots))
 
 
-def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor, spans: Spans, G: int) -> Tensor:
+def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Pool, spans: Spans, G: int) -> Tensor:
     """Rows of the G best-scored keys each token may see -> ids_TG int32, in order of position, -1 at the end.
 
     Causal; ties go to the lowest position. With G or fewer visible keys all are taken and nothing is scored. The width
     is min(G, longest context), in the training layout min(G, window). Scratch is bounded by tiles of queries.
     """
-    if spans.window:
+    if spans.window and isinstance(keys_NI, Tensor):
         return _select_in_windows(q_TXI, w_TX, keys_NI, spans.seq_T.view(-1, spans.window), G)
     width = min(G, spans.max_length)
     ids_TG = torch.full((spans.num_tokens, width), -1, dtype=torch.int32)
@@ -96,7 +96,7 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor, spans: Spans, G: i
             if len(rows_n) <= G:
                 chosen = visible
             else:
-                scores = index_scores(q_TXI[t], w_TX[t], keys_NI[rows_n])
+                scores = index_scores(q_TXI[t], w_TX[t], keys_NI[rows_n].to(q_TXI.dtype))
                 chosen = visible & _is_top(scores.masked_fill(~visible, -torch.inf), G)
             ids_TG[t] = _pack(chosen, rows_n, width)
         start += count
@@ -128,7 +128,7 @@ def _pack(chosen_TN: Tensor, rows_N: Tensor, width: int) -> Tensor:
     return packed[:, :width].to(torch.int32)
 
 
-def sparse_mla(q_THZ: Tensor, rows_NZ: Tensor, ids_TG: Tensor, C: int, scale: float) -> Tensor:
+def sparse_mla(q_THZ: Tensor, rows_NZ: Pool, ids_TG: Tensor, C: int, scale: float) -> Tensor:
     """Absorbed MLA over selected cache rows: MQA with one key of Z = C + R values whose first C are the value.
 
     q_THZ, rows_NZ float, ids_TG int32 (-1 = none) -> o_THC in the dtype of q. Softmax and sums in fp32.
@@ -140,15 +140,16 @@ def sparse_mla(q_THZ: Tensor, rows_NZ: Tensor, ids_TG: Tensor, C: int, scale: fl
     for begin in range(0, T, tile):
         t = slice(begin, begin + tile)
         ids = ids_TG[t]
-        rows_tGZ = wide(rows_NZ[ids.clamp(min=0)])
-        scores = torch.einsum("thz,tgz->thg", wide(q_THZ[t]), rows_tGZ) * scale
+        q_tHZ = wide(q_THZ[t])
+        rows_tGZ = rows_NZ[ids.clamp(min=0)].to(q_tHZ.dtype)
+        scores = torch.einsum("thz,tgz->thg", q_tHZ, rows_tGZ) * scale
         p = scores.masked_fill((ids < 0)[:, None], -torch.inf).softmax(-1)
         o_THC[t] = torch.einsum("thg,tgc->thc", p, rows_tGZ[..., :C]).to(q_THZ.dtype)
     return o_THC
 
 
 def mla_absorbed(
-    q_nope_THA: Tensor, q_rope_THR: Tensor, rows_NZ: Tensor, kv_b_HEC: Tensor, ids_TG: Tensor, scale: float
+    q_nope_THA: Tensor, q_rope_THR: Tensor, rows_NZ: Pool, kv_b_HEC: Tensor, ids_TG: Tensor, scale: float
 ) -> Tensor:
     """MLA with kv_b_proj absorbed into query and output -> o_THV. kv_b_HEC: per head A key rows, then V value rows."""
     A, C = q_nope_THA.shape[-1], kv_b_HEC.shape[-1]
@@ -343,8 +344,8 @@ def expert_ffn(x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, gate_up_EGD: Tensor, 
     return y_TD
 
 
-def write_rows(pool_NZ: Tensor, row_T: Tensor, x_TZ: Tensor) -> None:
-    """pool[row] = x, in place, in the pool's dtype."""
+def write_rows(pool_NZ: Pool, row_T: Tensor, x_TZ: Tensor) -> None:
+    """pool[row] = x, in place, rounded as the pool holds it."""
     pool_NZ[row_T] = x_TZ.to(pool_NZ.dtype)
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     listener = _bind(args.host, args.port)
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
-        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts,
+        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
     )  # fmt: skip
     backend = AsyncEngine(session.engine, max_waiting=args.max_seqs + args.max_waiting)
     limits = Limits(max_running=args.max_seqs, max_waiting=args.max_waiting, deadline_s=args.deadline)

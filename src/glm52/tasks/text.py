@@ -7,7 +7,19 @@ from typing import Any
 from glm52.chat import Reply, Thinking
 from glm52.tasks.arithmetic import last_number
 from glm52.tasks.base import Bucket, Example, Split, assistant, choose_phrasing, draw_thinking, user
-from glm52.tasks.words import CITIES, COLORS, JOBS, NAMES, NOUNS, SURNAMES, WORDS, draw, draw_many, nonsense
+from glm52.tasks.words import (
+    CITIES,
+    COLORS,
+    JOBS,
+    NAMES,
+    NOUNS,
+    SURNAMES,
+    WORDS,
+    coined,
+    draw,
+    draw_many,
+    nonsense,
+)
 
 _OFF = Thinking(enabled=False)
 
@@ -227,6 +239,32 @@ _SENTENCES = (
 )
 
 
+_PEOPLE = ("{name}", "{name}", "{name} from {city}", "{name}, {age},", "the {job} {name}", "{name} ({email})")
+_GOODS = ("{quantity} {item}s", "{quantity} {item}s", "{quantity} {color} {item}s", "the {item}", "a {color} {item}",
+          "{quantity} x {item}")  # fmt: skip
+_VERBS = ("bought", "sold", "took", "got", "ordered", "wants", "needs", "found", "lost", "brought", "returned", "chose", "saw",
+          "received", "offered", "gave", "asked", "spent", "lent", "borrowed", "owes", "saved", "keeps", "swapped")  # fmt: skip
+_AMOUNTS = ("{price}", "{price}", "{price} dollars", "{price} euros")
+_JOINTS = ("for", "at", "with", "on", "against", "worth", "over", "of", "to", "and")
+_ORDERS = ("Give", "Bring", "Mail", "Hand", "Show", "Sell", "Take", "Lend", "Return", "Carry", "Offer", "Post")
+
+
+def _composed(rng: random.Random) -> tuple[tuple[str, ...], str]:
+    """A form put together at random; some of its verbs are coined, so that what a number is shows in its place."""
+    verb = coined(rng, is_name=False) + "ed" if rng.random() < 0.3 else rng.choice(_VERBS)
+    who, what, amount, joint = (rng.choice(x) for x in (_PEOPLE, _GOODS, _AMOUNTS, _JOINTS))
+    order = coined(rng, is_name=True) if rng.random() < 0.3 else rng.choice(_ORDERS)
+    form = rng.choice((
+        f"{who} {verb} {amount} {joint} {what}.", f"{who} {verb} {what} {joint} {amount}.",
+        f"{who} {verb} {what}.", f"{amount} {joint} {what}, {verb} by {who}.", f"{what} {verb} {who}.",
+        f"{order} {what} to {who}.", f"{order} {what} {rng.choice(_JOINTS)} {who} near {{city}}.",
+        f"{order} {who} {what} {joint} {amount}.", f"{order} {what} to {who} {joint} {{city}}.",
+    ))  # fmt: skip
+    if form.count("{city}") > 1:
+        form = form.replace("{name} from {city}", "{name}")
+    return tuple(k for k in _FIELDS if f"{{{k}}}" in form), form[0].upper() + form[1:]
+
+
 class ExtractJSON(_Text):
     """Fields of a sentence as compact JSON."""
 
@@ -248,6 +286,8 @@ class ExtractJSON(_Text):
         thinking = thinking or draw_thinking(rng)
         keep = _SENTENCES[-2:] if split == "test" and rng.random() < 0.5 else _SENTENCES[:-2]
         keys, form = rng.choice(keep)
+        if split == "train" and rng.random() < 0.6:
+            keys, form = _composed(rng)
         record = _record(rng, split)
         text = form.format(**record)
         asked = list(keys)

@@ -39,7 +39,14 @@ WORDS = (
     "honey coffee orange banana cherry grape melon tiger rabbit horse sheep eagle salmon spider monkey turtle dolphin "
     "camel panda zebra doctor soldier sailor farmer king queen child brother sister mother father friend teacher student"
 ).split()
-COINED = 0.4  # how often training sees a coined word
+# Onsets, vowels and ends of the syllables of coined words. A tokenizer cuts the rich ones as it cuts real names.
+_SIMPLE = (tuple("bcdfghjklmnprstvwz"), tuple("aeiou"), ("", "", "n", "r", "l", "s"))
+_RICH = (
+    ("", "", *"bcdfghjklmnprstvwxyz", *"bl br ch cl cr dr fl fr gl gr kl kr ph pl pr qu sc sh sk sl sm sp st str th tr".split()),
+    (*"aaeeiioouuy", *"ai ea ee ia ie io oa oi oo ou ua ue".split()),
+    ("", "", "", *"bdgklmnprstvxz", *"ck ft ge go lf ll ld mp nd ng nk nt ra rn rt ss st th ve".split()),
+)  # fmt: skip
+COINED = 0.5  # how often training sees a coined word
 COLORS = "red blue green yellow black white brown purple orange pink grey silver golden".split()
 
 
@@ -62,11 +69,9 @@ def draw_many(rng: random.Random, words: Sequence[str], count: int, split: Split
 
 
 def coined(rng: random.Random, is_name: bool) -> str:
-    """A word that nobody knows: two to four syllables."""
-    word = "".join(
-        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l", "s"))
-        for _ in range(rng.randint(2, 4))
-    )
+    """A word that nobody knows: half of them of two to four simple syllables, half of one to three rich ones."""
+    (onsets, vowels, ends), count = (_SIMPLE, rng.randint(2, 4)) if rng.random() < 0.5 else (_RICH, rng.randint(1, 3))
+    word = "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(ends) for _ in range(count))
     return word.capitalize() if is_name else word
 
 
