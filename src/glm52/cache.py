@@ -173,3 +173,7 @@ class LatentCache:
     @property
     def num_bytes(self) -> int:
         return self._rows.nbytes + self._keys.nbytes
+
+    def pools(self) -> list[Tensor]:
+        """Every layer's rows, then every indexer's keys, as bytes [N, width], in place."""
+        return [pool.view(torch.uint8) for pool in (*self._rows, *self._keys)]

@@ -18,6 +18,8 @@ from glm52.model import INDEX_NORM_EPS
 from glm52.packing import Packer, Weights
 from glm52.quant import WeightFormat
 
+_KEY_BLOCK = 64  # rows that index keys are kept for at a time; see csrc/stack.cpp
+
 
 class NativeCache:
     """Rows and index keys of every layer, inside the extension: f32, bf16 or fp8."""
@@ -27,10 +29,19 @@ class NativeCache:
         has_index = [i in config.index_layers for i in range(layers)]
         self.handle = ops.kernels().Cache(_dims(config), has_index, num_rows, fmt)
         self.num_rows = num_rows
+        self._has_index = has_index
 
     @property
     def num_bytes(self) -> int:
         return int(self.handle.num_bytes)
+
+    def pools(self) -> list[Tensor]:
+        """Every layer's rows, then every indexer's keys, as bytes [N, width], in place. Keys lie in panels of rows, so
+        only whole panels mean something there; their number is rounded up to whole blocks."""
+        padded = -(-self.num_rows // _KEY_BLOCK) * _KEY_BLOCK
+        rows = [self.handle.rows(layer).view(self.num_rows, -1) for layer in range(len(self._has_index))]
+        keys = [self.handle.keys(layer).view(padded, -1) for layer, has in enumerate(self._has_index) if has]
+        return [*rows, *(pool[: self.num_rows] for pool in keys)]
 
 
 class NativeGLM:

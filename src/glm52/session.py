@@ -1,20 +1,25 @@
 """A loaded model with everything a conversation needs: tokenizer, template, engine. What ``chat``, ``serve`` and
 ``eval`` start from."""
 
+import hashlib
 import json
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from glm52 import __version__, ops
 from glm52.cache import CacheFormat
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
 from glm52.engine import Engine
+from glm52.engine.store import Store
 from glm52.errors import RequestError
 from glm52.load import load_for_inference
 from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
+
+PREFIX_CACHE_BYTES = 10_000_000_000
 
 
 def add_format_argument(parser: ArgumentParser) -> None:
@@ -46,10 +51,12 @@ class Session:
         max_batch_tokens: int = 512,
         num_drafts: int | None = None,
         cache: CacheFormat = "auto",
+        prefix_cache: Path | None = None,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> "Session":
         """Load a folder. fmt, cache: see ``load_for_inference``. context: cache rows for all sequences together
         (default: the model's longest context, at most 32,768). num_drafts None: with an MTP layer up to 3, as many as
-        pay."""
+        pay. prefix_cache: where pages of the cache outlive the process."""
         config = GLMConfig.read(folder)
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
         model = load_for_inference(folder, fmt, cache)
@@ -64,6 +71,12 @@ class Session:
             adaptive=num_drafts is None,
             tokenizer=tokenizer,
         )
+        if prefix_cache is not None:
+            engine.store = Store(
+                prefix_cache, engine.cache.pools(), engine.pages.page_size,
+                fingerprint=f"{_weights(folder)} {fmt} {cache} top {model.index_topk} drafts {engine.num_drafts > 0}",
+                max_bytes=prefix_cache_bytes,
+            )  # fmt: skip
         return Session(folder.name, folder, model.config, tokenizer, template, engine, generation_defaults(folder))
 
 
@@ -71,3 +84,13 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
     """A folder's generation_config.json."""
     file = folder / "generation_config.json"
     return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+
+
+def _weights(folder: Path) -> str:
+    """Changes with the weights and with the code that runs them. Files are told apart by size and time, not read."""
+    state = hashlib.blake2b(f"{__version__} {ops.backend()}".encode(), digest_size=16)
+    state.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        state.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return state.hexdigest()

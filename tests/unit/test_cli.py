@@ -62,6 +62,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "glm-9"], "glm-5.2"),
         (["inspect", "glm-5.2", "--context", "0"], "--context"),
         (["serve", "--port", "99999"], "--port"),
+        (["serve", "--prefix-cache-size", "9"], "--prefix-cache too"),
         (["train", "nothing.py", "--data", "x", "--out", "y"], "nothing.py"),
     ],
 )

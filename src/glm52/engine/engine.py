@@ -7,6 +7,7 @@ handed in; it knows nothing of files, plans or protocols.
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +23,12 @@ from glm52.engine.sampling import Array, distribution, log_probabilities, pick, 
 from glm52.engine.scheduler import Scheduler, Work
 from glm52.engine.sequence import Event, Sequence, TokenLogprob, draw_seed
 from glm52.engine.speculate import DraftPolicy
+from glm52.engine.store import Store
 from glm52.errors import RequestError
 from glm52.pages import Pages
 from glm52.tokenizer import Tokenizer
+
+_RESTORE_S = 0.02  # of a step, for reading pages from disk
 
 
 class Model(Protocol):
@@ -87,6 +91,7 @@ class Engine:
         self.pages = Pages(num_rows // page_size, page_size)
         self.cache = model.new_cache(self.pages.num_pages * page_size)
         self.scheduler = Scheduler(self.pages, max_batch_tokens, max_seqs)
+        self.store: Store | None = None
         self.stats = Stats()
         self._eos = frozenset(model.config.eos_token_id)
         self._next_id = 0
@@ -148,7 +153,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance every scheduled sequence by one step; its new tokens come back as events."""
-        work = self.scheduler.schedule()
+        work = self.scheduler.schedule(self._restore)
         if not work:
             return []
         began = time.perf_counter()
@@ -301,9 +306,34 @@ class Engine:
         for seq, _, begin in extend:
             if seq.num_cached // self.pages.page_size > begin // self.pages.page_size:  # a page has become full
                 self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
+                if self.store is not None:
+                    self.store.save(self.store.name(seq.tokens[: seq.num_cached], seq.page_names), seq.pages)
             if seq.finish_reason is not None:
+                if self.store is not None:
+                    self.store.mark_used(seq.page_names)
                 self.stats.cached_tokens += seq.num_cached_tokens
                 self.scheduler.leave(seq)
+
+    def _restore(self, seq: Sequence) -> bool:
+        """Read what is on disk of a sequence's prefix -> False if there is more than this step has time for."""
+        if self.store is None or seq.params.prompt_logprobs is not None:
+            return True
+        names, size = self.store.name(seq.tokens[:-1], seq.page_names), self.pages.page_size
+        pages, is_ready = self.pages.match(seq.tokens), True
+        fits = self.pages.pages_for(len(seq.tokens) + 1) - len(pages) <= self.pages.available
+        ends_at = time.perf_counter() + _RESTORE_S
+        for name in takewhile(self.store.__contains__, names[len(pages) :] if fits else ()):
+            page = self.pages.allocate(1)
+            if not self.store.restore(name, page[0]):
+                self.pages.release(page)
+                break
+            pages += page
+            if time.perf_counter() > ends_at:
+                is_ready = False
+                break
+        self.pages.commit(pages, seq.tokens[: len(pages) * size])
+        self.pages.release(pages)
+        return is_ready
 
     def _draft(self, extend: list[tuple[Sequence, Tensor, int]]) -> None:
         """Write the MTP rows of verified positions, then propose tokens for sequences that are at their end.

@@ -5,6 +5,7 @@ goes to prompts in chunks. When pages run out the youngest running sequence is p
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glm52.engine.sequence import Sequence
@@ -31,8 +32,8 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     num_preemptions: int = 0
 
-    def schedule(self) -> list[Work]:
-        """The next step's work; its pages are allocated."""
+    def schedule(self, is_ready: Callable[[Sequence], bool] = lambda seq: True) -> list[Work]:
+        """The next step's work; its pages are allocated. is_ready: whether a sequence may start now."""
         plan: list[Work] = []
         budget = self.max_batch_tokens
         for seq in list(self.running):
@@ -42,7 +43,7 @@ class Scheduler:
                     plan.append(work)
                     budget -= work.count
         while self.waiting and budget > 0 and len(self.running) < self.max_seqs:
-            work = self._admit(self.waiting[0], budget)
+            work = self._admit(self.waiting[0], budget) if is_ready(self.waiting[0]) else None
             if work is None:
                 break
             self.running.append(self.waiting.popleft())

@@ -63,10 +63,12 @@ class AsyncEngine:
             self._wake.set()
 
     def close(self) -> None:
-        """Let running replies end, then stop the thread."""
+        """Let running replies end, then stop the thread; pages that wait for the disk are written."""
         self._closing = True
         self._wake.set()
         self._thread.join()
+        if self.engine.store is not None:
+            self.engine.store.close()
 
     def _submit(self, tokens: Iterable[int], params: SamplingParams, deliver: _Deliver) -> Sequence:
         if self._failure is not None:

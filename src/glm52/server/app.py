@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from glm52 import __version__
 from glm52.errors import CapacityError, RequestError
-from glm52.server import anthropic, completions, openai, responses, tokens, zai
+from glm52.server import anthropic, completions, openai, page, responses, tokens, zai
 from glm52.server.http import as_request_error, events, json_body, run_whole, sse
 from glm52.server.openapi import document
 from glm52.server.request import ChatRequest, ContextOverflow, Defaults, Json
@@ -179,11 +179,6 @@ async def model(request: Request) -> Response:
     return JSONResponse(openai.model_payload(name, service.created, service.context_length))
 
 
-async def root(request: Request) -> Response:
-    service: Service = request.app.state.service
-    return JSONResponse({"glm52": __version__, "model": service.name, "openapi": "/openapi.json"})
-
-
 async def health(request: Request) -> Response:
     service: Service = request.app.state.service
     is_up = service.stops_at is None
@@ -235,7 +230,7 @@ def create_app(service: Service) -> Starlette:
         routes += [Route(f"{prefix}/models", models), Route(f"{prefix}/models/{{name:path}}", model)]
     routes += [Route(f"{p}/v1/messages/count_tokens", count_tokens, methods=["POST"]) for p in ("", "/api/anthropic")]
     routes += [
-        Route("/", root), Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi),
+        *page.ROUTES, Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi),
         Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),
     ]  # fmt: skip
     handled: tuple[type[Exception], ...] = (RequestError, CapacityError, HTTPException, ClientDisconnect, Exception)

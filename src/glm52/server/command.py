@@ -21,7 +21,7 @@ from glm52.server.app import create_app
 from glm52.server.limits import Keys, Limits
 from glm52.server.service import Options, Service
 from glm52.server.upstream import Upstream
-from glm52.session import Session, add_format_argument, generation_defaults
+from glm52.session import PREFIX_CACHE_BYTES, Session, add_format_argument, generation_defaults
 from glm52.tokenizer import Tokenizer
 
 
@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
     add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
     add("--context", "--max-model-len", type=int, help="cache rows shared by all requests")
+    add("--prefix-cache", type=Path, metavar="DIR",
+        help="keep pages of the cache here, so that they outlive restarts")  # fmt: skip
+    add("--prefix-cache-size", type=int, metavar="BYTES",
+        help=f"what they may take (default: {PREFIX_CACHE_BYTES:,})")  # fmt: skip
     add("--max-seqs", "--max-num-seqs", type=int, default=8, help="replies computed together (default: 8)")
     add("--max-waiting", type=int, default=256, help="replies that may queue; more are refused (default: 256)")
     add("--max-batch-tokens", "--max-num-batched-tokens", type=int, default=512,
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(
             f"--host: {args.host} can be reached from other machines; give --api-key, or --insecure to let everyone in"
         )
+    if args.prefix_cache_size is not None and args.prefix_cache is None:
+        raise RequestError("--prefix-cache-size: expected --prefix-cache too; without it nothing is kept")
     listener = _bind(args.host, args.port)
     for note in foreign.notes(args):
         print(f"glm52 serve: {note}", file=sys.stderr)
@@ -80,6 +86,8 @@ def _engine(args: argparse.Namespace, options: Options) -> Service:
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
         max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
+        prefix_cache=args.prefix_cache,
+        prefix_cache_bytes=PREFIX_CACHE_BYTES if args.prefix_cache_size is None else args.prefix_cache_size,
     )  # fmt: skip
     name, *aliases = args.served_model_name or [session.name]
     return Service(

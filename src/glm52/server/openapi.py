@@ -23,7 +23,7 @@ _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/tokenize": (TokenizeBody, "A text or a conversation to token ids"),
     "/detokenize": (DetokenizeBody, "Token ids to a text"),
 }
-_GETS = {"/": "What this is", "/health": "Whether it is up", "/metrics": "Prometheus metrics", "/v1/models": "Models"}
+_GETS = {"/": "The page", "/health": "Whether it is up", "/metrics": "Prometheus metrics", "/v1/models": "Models"}
 _ERRORS = {"400": "A field is wrong", "401": "No valid key", "404": "No such model", "408": "The body came too slowly",
            "413": "The body is too large", "429": "The queue is full", "503": "Shutting down",
            "504": "The deadline passed"}  # fmt: skip

@@ -1,0 +1,191 @@
+"""Pages of the cache on disk, so that a prefix outlives its process: one file a page.
+
+A page's name is a hash chained over the tokens of its prefix, from a root that stands for all else that its bits depend
+on. A file that is not what it should be is thrown away and its page computed again. A thread of its own writes; what it
+cannot keep up with is left out and offered again later.
+
+    file:  BLAKE2b of name and bytes | rows of each layer, then index keys of each indexer, as they lie in the cache
+
+Tokens are not written. The MTP layer's last row of a page may stem from another continuation (see ``pages``).
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm52.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+_DIGEST = 32  # bytes
+_QUEUED_BYTES = 1 << 28  # of pages that wait to be written
+_NAME = re.compile(f"[0-9a-f]{{{2 * _DIGEST}}}")
+_UNFINISHED, _STALE_S = ".tmp", 3600.0
+
+
+class Store:
+    """pools: the cache, as bytes [N, width] each. fingerprint: the weights, their format and the kernels. The files of
+    ``folder`` take at most ``max_bytes``; what was used longest ago goes first, and of a prefix its end."""
+
+    def __init__(
+        self, folder: Path, pools: list[Tensor], page_size: int, *, fingerprint: str, max_bytes: int
+    ) -> None:  # fmt: skip
+        widths = [pool.shape[1] for pool in pools]
+        self._page_bytes = page_size * sum(widths)
+        if max_bytes < self._page_bytes + _DIGEST:
+            raise RequestError(f"--prefix-cache-size: a page is {self._page_bytes + _DIGEST} bytes, "
+                               f"more than the {max_bytes} given")  # fmt: skip
+        self._folder, self._pools, self._page_size, self._max_bytes = folder, pools, page_size, max_bytes
+        self._root = _digest(fingerprint, f"{page_size} {widths}".encode()).hex()
+        self._sizes = _listed(folder)
+        self._lock = threading.Lock()  # over _sizes
+        self._has_warned = self._is_broken = False
+        # Names of a prefix with the bytes of its last page, or without: it was used.
+        self._jobs: queue.Queue[tuple[list[str], Tensor | None] | None] = queue.Queue(
+            max(1, _QUEUED_BYTES // self._page_bytes)
+        )
+        self._thread = threading.Thread(target=self._work, name="glm52-store", daemon=True)
+        self._thread.start()
+
+    def name(self, tokens: Sequence[int], known: list[str]) -> list[str]:
+        """Names of all full pages of ``tokens``. ``known`` are names of the same sequence, and grows."""
+        for begin in range(len(known) * self._page_size, len(tokens) - self._page_size + 1, self._page_size):
+            block = np.asarray(tokens[begin : begin + self._page_size], dtype="<i8")
+            known.append(_digest(known[-1] if known else self._root, block.tobytes()).hex())
+        return known[: len(tokens) // self._page_size]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def save(self, names: Sequence[str], pages: Sequence[int]) -> None:
+        """Queue the pages of a prefix that are not kept yet: their bytes are copied now and written later."""
+        for i, (name, page) in enumerate(zip(names, pages, strict=False)):
+            if name in self._sizes:
+                continue
+            if self._is_broken or self._jobs.full():
+                return
+            data = torch.cat([pool[self._rows(page)].flatten() for pool in self._pools])
+            with self._lock:
+                self._sizes[name] = len(data) + _DIGEST
+            self._jobs.put((list(names[: i + 1]), data))
+
+    def restore(self, name: str, page: int) -> bool:
+        """Read a page into the cache -> whether it was there, and whole."""
+        try:
+            data = np.fromfile(self._folder / name, dtype=np.uint8)
+        except FileNotFoundError:  # not written yet, or thrown out by another process
+            self._forget(name)
+            return False
+        except OSError as error:
+            self._refuse(name, str(error))
+            return False
+        body = data[_DIGEST:]
+        if len(body) != self._page_bytes or _digest(name, body.data) != data[:_DIGEST].tobytes():
+            self._refuse(name, "its checksum is wrong")
+            return False
+        parts = torch.from_numpy(body).split([pool.shape[1] * self._page_size for pool in self._pools])
+        for pool, part in zip(self._pools, parts, strict=True):
+            pool[self._rows(page)] = part.view(self._page_size, -1)
+        return True
+
+    def mark_used(self, names: Sequence[str]) -> None:
+        if not self._jobs.full():
+            self._jobs.put((list(names), None))
+
+    def close(self) -> None:
+        """Write what is queued."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _rows(self, page: int) -> slice:
+        return slice(page * self._page_size, (page + 1) * self._page_size)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._sizes.pop(name, None)
+
+    def _refuse(self, name: str, fault: str) -> None:
+        """Throw a file away; the first fault is told."""
+        self._forget(name)
+        (self._folder / name).unlink(missing_ok=True)
+        if not self._has_warned:
+            logger.warning("prefix cache: %s is ignored and computed again: %s", self._folder / name, fault)
+        self._has_warned = True
+
+    # ── the writing thread ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            names, data = job
+            try:
+                if data is None:
+                    self._mark(names)
+                elif not self._is_broken:
+                    self._write(names, data)
+            except OSError as error:
+                self._is_broken = True
+                logger.warning("prefix cache: no more pages are written to %s: %s", self._folder, error)
+
+    def _mark(self, names: list[str]) -> None:
+        """In memory and, for the next process, on disk. The end of a prefix counts as its oldest part."""
+        now = time.time_ns()
+        with self._lock:
+            self._renew(names)
+        for i, name in enumerate(reversed(names)):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._folder / name, ns=(now + i, now + i))
+
+    def _renew(self, names: list[str]) -> None:
+        for name in reversed(names):
+            if name in self._sizes:
+                self._sizes.move_to_end(name)
+
+    def _write(self, names: list[str], data: Tensor) -> None:
+        """The last page of a prefix: whole or not at all, whatever happens. Then what is too much goes."""
+        name, unfinished = names[-1], self._folder / f"{names[-1]}.{os.getpid()}{_UNFINISHED}"
+        with unfinished.open("wb") as file:
+            page = data.numpy().data
+            file.write(_digest(name, page))
+            file.write(page)
+        unfinished.replace(self._folder / name)
+        with self._lock:
+            self._sizes[name] = len(data) + _DIGEST
+            excess = sum(self._sizes.values()) - self._max_bytes
+            if excess > 0:
+                self._renew(names)
+            while excess > 0:
+                oldest, size = self._sizes.popitem(last=False)
+                (self._folder / oldest).unlink(missing_ok=True)
+                excess -= size
+
+
+def _digest(before: str, data: bytes | memoryview) -> bytes:
+    state = hashlib.blake2b(before.encode(), digest_size=_DIGEST)
+    state.update(data)
+    return state.digest()
+
+
+def _listed(folder: Path) -> OrderedDict[str, int]:
+    """Bytes of each file, the one that was used longest ago first; the folder is made if it is not there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = [(path, path.stat()) for path in folder.iterdir()]
+        for path, stat in found:
+            if path.suffix == _UNFINISHED and stat.st_mtime < time.time() - _STALE_S:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RequestError(f"--prefix-cache: cannot use {folder} ({error.strerror})") from error
+    pages = [(stat.st_mtime_ns, path.name, stat.st_size) for path, stat in found if _NAME.fullmatch(path.name)]
+    return OrderedDict((name, size) for _, name, size in sorted(pages))
