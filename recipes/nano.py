@@ -44,6 +44,12 @@ FORMS = {
     "chat_skills": 0.38, "chat_recall": 0.07, "chat_mid": 0.08,
 }  # fmt: skip
 
+NAMED = FORMS | {"chat_general": 0.1, "chat_skills": 0.34, "chat_recall": 0.06, "chat_maths": 0.2, "induction": 0.06}
+
+VARIED = NAMED | {"chat_skills": 0.42, "chat_general": 0.06, "chat_maths": 0.2, "code": 0.05}
+COMPOSED = NAMED | {"chat_skills": 0.4, "chat_maths": 0.22, "chat_general": 0.06, "induction": 0.04}
+FAR = WIDE | {"chat_skills": 0.24, "chat_maths": 0.26, "chat_general": 0.05, "code": 0.05, "chat_long": 0.24}
+
 
 def recipe() -> Recipe:
     return Recipe(
@@ -75,6 +81,19 @@ def recipe() -> Recipe:
             Stage(name="reindex", tokens=491_520, mixture=WIDE, window=4096, trainable="indexer", warmup_steps=2,
                   adam_lr=1.5e-2, decay_fraction=0.7, final_lr=0.05, distill_every=1),
             Stage(name="draft", tokens=802_816, mixture=FORMS, window=1024, trainable="mtp", draft_depth=3,
+                  warmup_steps=5, prompt_weight=0.1, muon_lr=0.01, adam_lr=1e-3, decay_fraction=0.8, final_lr=0.05),
+            Stage(name="named", tokens=4_505_600, mixture=NAMED, window=1024, stretch=4096, warmup_steps=20,
+                  prompt_weight=0.1, muon_lr=0.012, adam_lr=1.8e-3, mtp_weight=0.0, decay_fraction=0.8, final_lr=0.08),
+            Stage(name="varied", tokens=2_498_560, mixture=VARIED, window=1024, stretch=4096, warmup_steps=20,
+                  prompt_weight=0.1, muon_lr=0.01, adam_lr=1.5e-3, mtp_weight=0.0, decay_fraction=0.9, final_lr=0.05),
+            Stage(name="composed", tokens=2_498_560, mixture=COMPOSED, window=1024, stretch=4096, warmup_steps=20,
+                  prompt_weight=0.1, muon_lr=0.011, adam_lr=1.6e-3, mtp_weight=0.0, decay_fraction=0.8, final_lr=0.1),
+            Stage(name="far", start={"named": 1.0}, tokens=737_280, mixture=FAR, window=4096, warmup_steps=4,
+                  prompt_weight=0.1, muon_lr=4.5e-3, adam_lr=7e-4, mtp_weight=0.0, decay_fraction=0.9, final_lr=0.03),
+            Stage(name="index", start={"far": 3.0, "composed": 2.0, "named": 1.0}, tokens=409_600, mixture=WIDE,
+                  window=4096, trainable="indexer", warmup_steps=2, adam_lr=1.2e-2, decay_fraction=0.8, final_lr=0.05,
+                  distill_every=1),
+            Stage(name="drafts", tokens=655_360, mixture=NAMED, window=1024, trainable="mtp", draft_depth=3,
                   warmup_steps=5, prompt_weight=0.1, muon_lr=0.01, adam_lr=1e-3, decay_fraction=0.8, final_lr=0.05),
         ),
     )  # fmt: skip

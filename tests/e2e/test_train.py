@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,20 @@ def run(trainer: Trainer, steps: int | None = None) -> list[dict[str, object]]:
         del metrics["tokens_per_s"]
         out.append(metrics)
     return out
+
+
+def test_a_stage_may_start_from_the_mean_of_earlier_ones(shards: Shards, tmp_path: Path) -> None:
+    """Three parts of the first, one of the second; a run killed right there starts the same."""
+    first, second = recipe().stages
+    stages = (first, second, replace(second, name="three", start={"one": 3.0, "two": 1.0}))
+    trainer = Trainer(replace(recipe(), stages=stages), shards, tmp_path, compiled=False)
+    run(trainer, 6)
+    one, two = (load(tmp_path / name, dtype=torch.float32).state_dict() for name in ("one", "two"))
+    resumed = Trainer(replace(recipe(), stages=stages), shards, tmp_path, compiled=False)
+    for model in (trainer.model, resumed.model):
+        for key, value in model.state_dict().items():
+            assert torch.allclose(value, 0.75 * one[key] + 0.25 * two[key], atol=1e-6), key
+    assert run(trainer) == run(resumed)
 
 
 def test_a_killed_run_resumes_bit_for_bit(shards: Shards, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from glm52 import ops
 from glm52.checkpoint import write_checkpoint
 from glm52.config import GLMConfig
 from glm52.errors import ConfigError
+from glm52.load import load
 from glm52.model import GLM, Router
 from glm52.shards import Shards
 from glm52.train import parallel
@@ -42,7 +43,8 @@ class Stage:
     least ``window`` means dense). distill_every: steps between indexer-distillation losses (0 = never).
     prompt_weight: loss weight of chat tokens that the assistant does not produce. stretch: length up to which documents
     of a dense stage may be pulled apart by skipping positions (0 = none). draft_depth: steps of the MTP layer that are
-    trained, each on what the one before put out.
+    trained, each on what the one before put out. start: exports of earlier stages and how much of each; this stage begins
+    with their weighted mean and new optimizer states (default: where the stage before it ended).
     """
 
     name: str
@@ -64,6 +66,7 @@ class Stage:
     index_topk: int = 1 << 30
     distill_every: int = 0
     router_bias_lr: float = 1e-3
+    start: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -228,6 +231,8 @@ class Trainer:
                 f"stage {stage.name}: batch_tokens {stage.batch_tokens} is not a multiple of window {stage.window} "
                 f"x {parallel.world_size()} processes"
             )
+        if stage.start and not self.step_in_stage:
+            self._start_from(stage.start)
         self.model.index_topk = stage.index_topk
         of_mtp = f"model.layers.{self.recipe.config.num_hidden_layers}."
         for name, p in self.model.named_parameters():
@@ -236,6 +241,16 @@ class Trainer:
         stream = windows(self.shards, stage.mixture, stage.window, self.recipe.seed + 1000 * self.stage_index)
         per_step = stage.batch_tokens // stage.window
         self._windows: Iterator[list[Piece]] = itertools.islice(stream, self.step_in_stage * per_step, None)
+
+    @torch.no_grad()
+    def _start_from(self, shares: Mapping[str, float]) -> None:
+        """The mean of what earlier stages exported. Source: Wortsman et al., model soups (arXiv 2203.05482)."""
+        parallel.sum_over_processes([torch.zeros(1)])  # the first process has written the last of them
+        exports = {name: load(self.out / name, dtype=torch.float32).state_dict() for name in shares}
+        for key, value in self.model.state_dict().items():
+            value.copy_(sum(share * exports[name][key] for name, share in shares.items()) / sum(shares.values()))
+        self.muon.state.clear()
+        self.adam.state.clear()
 
     def _next_windows(self) -> list[list[Piece]]:
         return list(itertools.islice(self._windows, self.stage.batch_tokens // self.stage.window))
