@@ -43,8 +43,8 @@ class Stage:
     least ``window`` means dense). distill_every: steps between indexer-distillation losses (0 = never).
     prompt_weight: loss weight of chat tokens that the assistant does not produce. stretch: length up to which documents
     of a dense stage may be pulled apart by skipping positions (0 = none). draft_depth: steps of the MTP layer that are
-    trained, each on what the one before put out. start: exports of earlier stages and the share of each; the stage begins
-    with their weighted mean and new optimizer states (default: where the stage before it ended).
+    trained, each on what the one before put out. start: exports of earlier stages and their shares; this one begins
+    with their weighted mean and new optimizer states (default: where the one before ended).
     """
 
     name: str
