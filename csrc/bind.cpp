@@ -467,6 +467,7 @@ std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  nb::set_leak_warnings(false);  // what threads still hold when the interpreter ends is no leak
   table = &choose();
   m.def("isa", [] { return std::string(table->name); }, "The instruction set in use.");
   m.def(
