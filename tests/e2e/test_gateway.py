@@ -42,6 +42,12 @@ class Fake:
             Route("/v1/models", self._models), Route("/props", self._props), Route(path, self._say, methods=["POST"]),
         ])  # fmt: skip
 
+    def wait_until(self, num_open: int) -> None:
+        deadline = time.monotonic() + 10
+        while self.num_open != num_open and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert self.num_open == num_open
+
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"data": [{"id": "glm-5.2", "owned_by": self.kind, "max_model_len": 512}]})
 
@@ -143,10 +149,7 @@ def test_thinking_that_does_not_end_is_cut_and_closed(fake: tuple[Fake, httpx.Cl
     first, second = (b["prompt"] for b in upstream.bodies)
     assert second[: len(first)] == first and second[-1] == END_THINK
     assert 40 <= len(second) - len(first) - 1 <= 64
-    deadline = time.monotonic() + 2
-    while upstream.num_open and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert upstream.num_open == 0
+    upstream.wait_until(num_open=0)
 
 
 def test_the_end_of_a_reply_inside_its_thinking_closes_that(fake: tuple[Fake, httpx.Client]) -> None:
@@ -191,11 +194,8 @@ def test_hanging_up_cancels_upstream(fake: tuple[Fake, httpx.Client]) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
     with client.stream("POST", PATHS["chat"], json=body) as reply:
         next(reply.iter_lines())
-        assert upstream.num_open == 1
-    deadline = time.monotonic() + 3
-    while upstream.num_open and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert upstream.num_open == 0
+        upstream.wait_until(num_open=1)  # the first event may be sent before upstream is asked
+    upstream.wait_until(num_open=0)
 
 
 @pytest.mark.parametrize("fields", [schema_fields("chat", {"type": "object"}), {"logprobs": True},

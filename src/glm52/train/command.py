@@ -148,7 +148,7 @@ def plot(out: Path) -> None:
     for before, after in itertools.pairwise(rows):
         if before["stage"] != after["stage"]:
             axes.axvline(after["tokens"] / 1e6, color="grey", linewidth=0.6)
-            axes.text(after["tokens"] / 1e6, axes.get_ylim()[1], after["stage"], fontsize=8, va="top")
+            axes.text(after["tokens"] / 1e6, axes.get_ylim()[1], after["stage"], fontsize=7, va="top", rotation=90)
     axes.set(xlabel="tokens (millions)", ylabel="nats per token", yscale="log")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
