@@ -193,7 +193,8 @@ def test_hanging_up_cancels_upstream(fake: tuple[Fake, httpx.Client]) -> None:
     upstream.fault, upstream.answer = "slow", "Hello! " * 100
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
     with client.stream("POST", PATHS["chat"], json=body) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # kept: httpx hangs up as soon as its iterator is collected
+        next(lines)
         upstream.wait_until(num_open=1)  # the first event may be sent before upstream is asked
     upstream.wait_until(num_open=0)
 
