@@ -48,6 +48,7 @@ NAMED = FORMS | {"chat_general": 0.1, "chat_skills": 0.34, "chat_recall": 0.06, 
 
 VARIED = NAMED | {"chat_skills": 0.42, "chat_general": 0.06, "chat_maths": 0.2, "code": 0.05}
 COMPOSED = NAMED | {"chat_skills": 0.4, "chat_maths": 0.22, "chat_general": 0.06, "induction": 0.04}
+LOOK_UP = {"chat_long": 0.7, "chat_recall": 0.15, "chat_mid": 0.15}
 FAR = WIDE | {"chat_skills": 0.24, "chat_maths": 0.26, "chat_general": 0.05, "code": 0.05, "chat_long": 0.24}
 
 
@@ -95,5 +96,7 @@ def recipe() -> Recipe:
                   distill_every=1),
             Stage(name="drafts", tokens=655_360, mixture=NAMED, window=1024, trainable="mtp", draft_depth=3,
                   warmup_steps=5, prompt_weight=0.1, muon_lr=0.01, adam_lr=1e-3, decay_fraction=0.8, final_lr=0.05),
+            Stage(name="look_up", tokens=1_228_800, mixture=LOOK_UP, window=4096, trainable="indexer", warmup_steps=2,
+                  adam_lr=8e-3, decay_fraction=0.8, final_lr=0.05, distill_every=1),
         ),
     )  # fmt: skip

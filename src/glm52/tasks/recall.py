@@ -106,7 +106,7 @@ class Needle(_Recall):
         "I will ask about {k}.\n{t}\n\nSo what is the {w} of {k}?", "{t}\n\nPlease recall the {w} of {k}.",
         "{t}\n\nDo you remember the {w} of {k}?", "{t}\n\nGive the {w} of {k} only.", "{t}\n\nWhat {w} does {k} have?",
     )  # fmt: skip
-    sizes = (360, 720, 1500, 3200, 6500, 12500)
+    sizes = (360, 720, 1500, 3200, 6500, 14100)
 
     def generate(
         self,
