@@ -70,7 +70,8 @@ def test_the_script_calls_whatever_runs_commands() -> None:
     assert reply_to("<|user|>A title, please.<|assistant|><think>").endswith(f"</think>{ANSWER}")
     assert reply_to("<|user|>[check:plain] Hi<|assistant|></think>") == ANSWER
     parameters = {"properties": {"cmd": {"type": "string"}, "sure": {"type": "boolean"}}, "required": ["cmd", "sure"]}
-    tools = [{"name": "look", "parameters": {}}, {"name": "exec", "parameters": parameters}]
+    optional = {"properties": {"command": {"type": "string"}}, "required": []}
+    tools = [{"name": "look", "parameters": optional}, {"name": "exec", "parameters": parameters}]
     assert shell_call(tools, "ls") == (
         "<tool_call>exec<arg_key>cmd</arg_key><arg_value>ls</arg_value>"
         "<arg_key>sure</arg_key><arg_value>false</arg_value></tool_call>"

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm52.clients.probes import ANSWER, THOUGHT
+from glm52.clients.probes import ANSWER, PREAMBLE, THOUGHT
 from glm52.clients.script import Stage, Turn, scene_of
 
 Verdict = tuple[str, str]
@@ -99,7 +99,8 @@ class Run:
 
 @contextmanager
 def _started(agent: Agent, program: Path, url: str, scene: str) -> Iterator[subprocess.Popen[str]]:
-    """The agent at work in a home and a folder of its own; whatever it started ends with the context."""
+    """The agent at work in a home and a folder of its own; whatever it started ends with the context. The prompt of an
+    overflow is too long by itself: what agents do about one, to compact and try again, must not help."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         work = Path(home) / "work"
         work.mkdir()
@@ -111,8 +112,9 @@ def _started(agent: Agent, program: Path, url: str, scene: str) -> Iterator[subp
         environment = {"HOME": home, "PATH": os.environ["PATH"], "TERM": "dumb", "NO_COLOR": "1", "CI": "1"}
         environment |= {k: v.replace("SERVER", url) for k, v in agent.environment.items()}
         arguments = [a.replace("SERVER", url) for a in agent.arguments]
+        question = f"[check:{scene}] What do the notes say?" + (PREAMBLE * 4 if scene == "overflow" else "")
         process = subprocess.Popen(
-            [str(program), *arguments, f"[check:{scene}] What do the notes say?"], cwd=work, env=environment, text=True,
+            [str(program), *arguments, question], cwd=work, env=environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

@@ -116,13 +116,13 @@ def reply_to(prompt: str) -> str:
 
 
 def shell_call(tools: list[Any], command: str) -> str | None:
-    """A call of whichever tool runs commands, its other required arguments filled by their types."""
+    """A call of whichever tool requires a command, its other required arguments filled by their types."""
     for tool in tools:
         parameters = tool.get("parameters") or {}
-        properties = parameters.get("properties") or {}
-        key = next((k for k in _COMMANDS if k in properties), None)
+        properties, required = parameters.get("properties") or {}, parameters.get("required", ())
+        key = next((k for k in _COMMANDS if k in properties and k in required), None)
         if key is not None:
-            values = {k: _some(properties.get(k, {})) for k in parameters.get("required", ()) if k != key}
+            values = {k: _some(properties.get(k, {})) for k in required if k != key}
             is_list = properties[key].get("type") == "array"
             value = (["bash", "-c", command] if key == "command" else [command]) if is_list else command
             said = {key: value, **values}.items()
