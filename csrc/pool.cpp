@@ -23,16 +23,20 @@ constexpr int SPINS = 2000;
 enum State { IDLE, POSTED, RUNNING };
 
 struct Job {
-  size_t units = 0, chunk = 1;
+  size_t units = 0, chunk = 1, threads = 1;
   Call call = nullptr;
   const void* work = nullptr;
   std::atomic<size_t> next{0};
 
+  // Large pieces first, of half a fair share of what is left: few trips to a line that all threads write, and small
+  // pieces at the end, so that none waits long for another.
   void drain() {
-    for (;;) {
-      const size_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= units) return;
-      call(work, begin, std::min(begin + chunk, units));
+    size_t begin = next.load(std::memory_order_relaxed);
+    while (begin < units) {
+      const size_t end = std::min(begin + std::max(chunk, (units - begin) / (2 * threads)), units);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      call(work, begin, end);
+      begin = next.load(std::memory_order_relaxed);
     }
   }
 };
@@ -108,6 +112,7 @@ void run(size_t units, size_t chunk, size_t threads, Call call, const void* work
   Job& job = pool->job;
   job.units = units;
   job.chunk = chunk;
+  job.threads = threads;
   job.call = call;
   job.work = work;
   job.next.store(0);

@@ -10,7 +10,7 @@ using Call = void (*)(const void* work, size_t begin, size_t end);
 
 void run(size_t units, size_t chunk, size_t threads, Call call, const void* work);
 
-// work(begin, end) over [0, units) in pieces of at most `chunk`, on that many threads, the caller's among them.
+// work(begin, end) over [0, units) in pieces of `chunk` or more, on that many threads, the caller's among them.
 template <class Work>
 void each(size_t units, size_t chunk, size_t threads, const Work& work) {
   run(

@@ -11,6 +11,7 @@ namespace {
 
 constexpr size_t HEADS = 4;       // heads a unit of attention holds
 constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
+constexpr size_t SHARED = 32768;  // values to convert from which on threads share the work
 
 size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
 
@@ -422,8 +423,9 @@ void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t
   auto* in = reinterpret_cast<uint8_t*>(tile_h_.reserve(items_.back().in));
   auto* out = reinterpret_cast<uint8_t*>(tile_hidden_.reserve(items_.back().out));
   float* hidden = hidden_.reserve(items_.back().hidden);
+  const size_t chunk = items_.back().in + items_.back().out < SHARED ? count : 1;
   const auto each_item = [&](auto work) {
-    pool::each(count, 1, threads, [&](size_t begin, size_t end) {
+    pool::each(count, chunk, threads, [&](size_t begin, size_t end) {
       for (size_t i = begin; i < end; ++i) work(items_[i]);
     });
   };
