@@ -1,4 +1,4 @@
-"""The small model that ships with the package: 9.8 million parameters, the whole GLM-5.2 architecture.
+"""The small model that ships with the package: 9.9 million parameters, the whole GLM-5.2 architecture.
 
 First the circuit that copies, then everything at once: natural text, and about two thirds conversations from our own
 generators. Long windows, the indexer and sparse attention come last, while the learning rate falls to zero.
@@ -49,6 +49,7 @@ NAMED = FORMS | {"chat_general": 0.1, "chat_skills": 0.34, "chat_recall": 0.06, 
 VARIED = NAMED | {"chat_skills": 0.42, "chat_general": 0.06, "chat_maths": 0.2, "code": 0.05}
 COMPOSED = NAMED | {"chat_skills": 0.4, "chat_maths": 0.22, "chat_general": 0.06, "induction": 0.04}
 LOOK_UP = {"chat_long": 0.7, "chat_recall": 0.15, "chat_mid": 0.15}
+EDGE = {"chat_long": 0.45, "chat_skills": 0.2, "chat_maths": 0.2, "chat_general": 0.05, "chat_recall": 0.05, "chat_mid": 0.05}
 FAR = WIDE | {"chat_skills": 0.24, "chat_maths": 0.26, "chat_general": 0.05, "code": 0.05, "chat_long": 0.24}
 
 
@@ -98,5 +99,7 @@ def recipe() -> Recipe:
                   warmup_steps=5, prompt_weight=0.1, muon_lr=0.01, adam_lr=1e-3, decay_fraction=0.8, final_lr=0.05),
             Stage(name="look_up", tokens=1_228_800, mixture=LOOK_UP, window=4096, trainable="indexer", warmup_steps=2,
                   adam_lr=8e-3, decay_fraction=0.8, final_lr=0.05, distill_every=1),
+            Stage(name="edge", tokens=491_520, mixture=EDGE, window=4096, stretch=4608, warmup_steps=4,
+                  prompt_weight=0.1, muon_lr=3.5e-3, adam_lr=6e-4, mtp_weight=0.0, decay_fraction=0.9, final_lr=0.03),
         ),
     )  # fmt: skip
