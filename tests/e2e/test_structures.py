@@ -1,4 +1,5 @@
-"""Forms that nothing can have, or that are too much to hold, are the client's error or a reason to end: never a 500."""
+"""Forms that nothing can have, or that are too much to hold, and numbers at the ends of their ranges are the client's error
+or a reason to end: never a 500."""
 
 import asyncio
 from typing import Any
@@ -73,3 +74,31 @@ def test_a_form_is_held_or_refused_by_its_name_or_ends_the_reply(kind: str, num_
         else:
             assert reply.status_code == 400, (fields, reply.text)
             assert reply.json()["error"]["param"].startswith(field), (fields, reply.text)
+
+
+NUMBERS: list[Any] = [
+    {"temperature": 5e-324}, {"temperature": 2.0, "top_p": 0.0}, {"min_p": 1.0}, {"top_p": 5e-324, "top_k": 1 << 70},
+    {"repetition_penalty": 1e-6}, {"repetition_penalty": 1e6}, {"seed": 1 << 70}, {"seed": -(1 << 70)},
+    {"presence_penalty": -2.0, "frequency_penalty": 2.0}, {"logit_bias": {"5": 100, "6": -100}}, {"max_tokens": 1 << 70},
+    {"logprobs": True, "top_logprobs": 20},
+]  # fmt: skip
+TOO_FAR: list[Any] = [
+    {"temperature": 2.1}, {"repetition_penalty": 1e308}, {"logit_bias": {"5": 1e308}}, {"logit_bias": {"5": -101}},
+    {"top_p": -5e-324}, {"logprobs": True, "top_logprobs": 1 << 70}, {"max_tokens": 0}, {"presence_penalty": 2.1},
+]  # fmt: skip
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_harmless() -> None:
+    """One that made the engine's arithmetic fail would have ended it for everybody."""
+    backend = AsyncEngine(ScriptedModel(random_logits(1)).engine(2))
+
+    async def main(bodies: list[Any]) -> list[int]:
+        async with asgi(scripted_service(backend, context_length=256)) as client:
+            asked = {"messages": USER, "max_tokens": 20}
+            replies = [await client.post("/v1/chat/completions", json=asked | fields) for fields in bodies]
+            return [r.status_code for r in replies]
+
+    assert asyncio.run(main(NUMBERS)) == [200] * len(NUMBERS)
+    assert asyncio.run(main(TOO_FAR)) == [400] * len(TOO_FAR)
+    assert asyncio.run(main([{}])) == [200]
+    backend.close()
