@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -10,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
 
 from glm52.chat import ChatTemplate
 from glm52.engine import Event, SamplingParams, Sequence, TokenLogprob
 from glm52.engine.guide import Guide, Marks
 from glm52.hub import NANO
 from glm52.server.app import create_app
+from glm52.server.connections import Server
 from glm52.server.limits import Limits
 from glm52.server.service import Backend, Options, Service
 from tests.scripted import EOS, TOKENIZER
@@ -84,14 +85,14 @@ def scripted_service(backend: Backend, *, context_length: int = 512, **options: 
 @contextlib.contextmanager
 def running(service: Service) -> Iterator[str]:
     """A real server on a free port of the loopback."""
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = Server(service)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

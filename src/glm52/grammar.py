@@ -86,11 +86,11 @@ class Grammar:
     def lark(source: str, param: str = "grammar") -> "Grammar":
         """Lark as llguidance understands it, or llama.cpp's EBNF (GBNF), told apart by ``::=``."""
         if "::=" in source:
-            from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+            from llguidance.gbnf_to_lark import any_to_lark
 
             try:
                 source = any_to_lark(source)
-            except (GbnfToLarkError, ValueError, IndexError) as error:
+            except Exception as error:  # of many classes, bare Exception among them
                 raise RequestError(f"{param}: not a grammar in EBNF ({error})", param=param) from error
         return Grammar(source, param)
 
@@ -306,10 +306,14 @@ def _length(schema: Schema) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _validated(source: str) -> tuple[bool, list[str]]:
-    """Whether llguidance refuses a grammar, and what it says of it."""
-    from llguidance import LLMatcher
+    """Whether llguidance refuses a grammar or nothing can match it, and what it says of it."""
+    from llguidance import LLMatcher, LLTokenizer
 
     error, messages = LLMatcher.validate_grammar_with_warnings(source)
+    if not error:
+        matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0)
+        matcher.compute_bitmask()
+        error = matcher.is_error()
     return error, list(messages)
 
 

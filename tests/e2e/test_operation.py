@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,29 @@ def test_half_sent_headers_hinder_nobody(url: str) -> None:
             slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
             slow.sendall(b"POST /v1/messages HTTP/1.1\r\nhost:")
         assert httpx.post(url + CHAT, json=BODY, headers=HEADERS).status_code == 200
+
+
+def test_half_sent_headers_are_hung_up_on_in_time() -> None:
+    """Silence, a head that trickles, and one after a request that was answered; an answer may take as long as it takes."""
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(running(scripted_service(Script(delay_s=0.3), head_s=0.5)))
+        host, port = url.removeprefix("http://").split(":")
+        silent, trickling, second = (
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(3)
+        )
+        second.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += second.recv(1 << 16)
+        second.sendall(b"GET /health HTTP/1.1\r\nhost:")
+        ends_at = time.monotonic() + 30
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < ends_at:
+                trickling.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() < ends_at
+        assert silent.recv(1) == second.recv(1) == b""
+        assert httpx.post(url + CHAT, json=BODY).status_code == 200, "slower than half a second"
 
 
 @pytest.mark.parametrize(
@@ -309,36 +334,127 @@ def test_keys_come_from_the_command_line_or_files(tmp_path: Path) -> None:
         command._read_keys([""])
 
 
+@contextlib.contextmanager
+def process(*arguments: str | Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """``glm52 serve`` as a command, and where it listens."""
+    command = [sys.executable, "-m", "glm52.cli", "serve", *map(str, arguments), "--port", "0", "--context", "512"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as it:
+        try:
+            assert it.stderr is not None
+            yield it, next(m.group() for line in it.stderr if (m := re.search(r"http://[\d.:]+\d", line)))
+        finally:
+            it.kill()
+
+
+GREEDY: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
+
+
 def test_sigterm_under_load_ends_what_runs_and_takes_no_more(tmp_path: Path) -> None:
     write_tiny(tmp_path)
-    arguments = ["serve", str(tmp_path), "--port", "0", "--context", "512", "--drafts", "0", "--max-seqs", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "glm52.cli", *arguments], stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     replies: list[httpx.Response] = []
 
     def ask(url: str) -> None:
-        body = BODY | {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
-        replies.append(httpx.post(url + "/v1/completions", json=body | {"prompt": "Hi"}, timeout=60))
+        body = GREEDY | {"prompt": "Hi", "max_tokens": 300}
+        replies.append(httpx.post(url + "/v1/completions", json=body, timeout=60))
 
-    try:
-        assert process.stderr is not None
-        url = re.search(r"http://[\d.:]+", process.stderr.readline()).group()  # type: ignore[union-attr]
+    with process(tmp_path, "--drafts", "0", "--max-seqs", "2") as (server, url):
         threads = [threading.Thread(target=ask, args=(url,)) for _ in range(8)]
         for thread in threads:
             thread.start()
         while httpx.get(f"{url}/health").json()["waiting"] < 6 and not replies:
             time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
+        assert server.wait(timeout=60) == 0
     assert [r.status_code for r in replies] == [200] * 8, "what was accepted is answered"
     assert {r.json()["usage"]["completion_tokens"] for r in replies} == {300}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+def test_requests_around_sigterm_are_answered_or_refused(tmp_path: Path) -> None:
+    """uvicorn hung up on those that had connected and not asked yet: neither an answer nor a refusal."""
+    write_tiny(tmp_path)
+    ends: list[Any] = []
+    body = json.dumps(GREEDY | {"prompt": "Hi", "max_tokens": 8})
+
+    def ask(connection: http.client.HTTPConnection) -> int:
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        reply = connection.getresponse()
+        said = json.loads(reply.read())
+        assert reply.status == 503 or said["usage"]["completion_tokens"] == 8
+        assert reply.status == 200 or reply.getheader("retry-after")
+        return reply.status
+
+    def ask_on(address: str) -> None:
+        while not ends or ends[-1] is not ConnectionRefusedError:
+            with contextlib.closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+                try:
+                    ends.append(ask(connection))
+                except Exception as error:
+                    ends.append(type(error))
+
+    with process(tmp_path, "--drafts", "0") as (server, url):
+        address = url.removeprefix("http://")
+        early = http.client.HTTPConnection(address, timeout=30)
+        early.connect()
+        threads = [threading.Thread(target=ask_on, args=(address,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while len(ends) < 30:
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert ask(early) == 503
+        early.close()
+        for thread in threads:
+            thread.join()
+        assert server.wait(timeout=30) == 0
+    assert {200, ConnectionRefusedError} <= set(ends) <= {200, 503, ConnectionRefusedError}, Counter(ends)
+
+
+def test_500_connections_to_the_command_are_answered_or_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: bool) -> tuple[bytes, bytes]:
+        body = json.dumps(GREEDY | {"prompt": "Hi", "max_tokens": 4, "stream": stream}).encode()
+        lead = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        writer.write((lead % len(body)).encode() + body)
+        reply = await reader.read()
+        writer.close()
+        head, _, said = reply.partition(b"\r\n\r\n")
+        return head, said
+
+    async def main(host: str, port: str) -> list[tuple[bytes, bytes]]:
+        connections = await asyncio.gather(*(asyncio.open_connection(host, int(port)) for _ in range(500)))
+        async with asyncio.timeout(60):
+            return await asyncio.gather(*(ask(*c, stream=i % 2 == 0) for i, c in enumerate(connections)))
+
+    with process(tmp_path, "--drafts", "0", "--max-waiting", "100") as (_, url):
+        replies = asyncio.run(main(*url.removeprefix("http://").split(":")))
+        idle = httpx.get(f"{url}/health").json()
+    served = [said for head, said in replies if head.startswith(b"HTTP/1.1 200")]
+    refused = [head for head, _ in replies if head.startswith(b"HTTP/1.1 429")]
+    assert len(served) + len(refused) == 500 and len(served) >= 108
+    assert all(b"[DONE]" in said or json.loads(said)["usage"]["completion_tokens"] == 4 for said in served)
+    assert all(b"\r\nretry-after: 1" in head for head in refused)
+    assert (idle["running"], idle["waiting"]) == (0, 0)
+
+
+def test_a_prefix_outlives_the_command(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model")
+    body = GREEDY | {"prompt": " ".join(f"word {i}" for i in range(80)), "max_tokens": 20}
+    replies = []
+    for _ in range(2):
+        with process(tmp_path / "model", "--drafts", "2", "--prefix-cache", tmp_path / "pages") as (server, url):
+            replies.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60).json())
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+    texts = [r["choices"][0]["text"] for r in replies]
+    cached = [r["usage"]["prompt_tokens_details"]["cached_tokens"] for r in replies]
+    assert cached[0] == 0 and cached[1] >= replies[1]["usage"]["prompt_tokens"] - 64 > 0
+    assert texts[0] == texts[1] != ""
 
 
 def test_draining_refuses_and_then_ends_what_is_left() -> None:

@@ -184,6 +184,7 @@ def test_what_is_no_grammar_is_named(grammar) -> None:  # type: ignore[no-untype
 def test_what_is_not_held_is_said() -> None:
     odd = tool("odd", {
         "s": {"type": "string", "format": "email"}, "p": {"type": "string", "pattern": r"a(?=b)"},
+        "none": {"type": "string", "pattern": "^a{5}$", "maxLength": 3}, "all": {"type": "array", "items": {"$ref": "#"}},
         "n": {"type": "integer", "not": {"const": 3}}, "r": {"$ref": "https://example.org/x"},
         "l": {"type": "array", "items": {"$ref": "https://example.org/y"}},
     }, minProperties=2)  # fmt: skip

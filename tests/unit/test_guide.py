@@ -132,17 +132,30 @@ def test_what_cannot_be_done_is_refused() -> None:
             bare.submit([1], params)
 
 
-def test_a_grammar_that_fails_on_its_way_is_an_error_of_its_request_alone() -> None:
-    engine = ScriptedModel(random_logits(0)).engine(2)
-    prompt = TOKENIZER.encode("<|user|>x<|assistant|>")
-    stuck = engine.submit(prompt, SamplingParams(grammar=Grammar.regex("[a-z]{9}"), max_tokens=9))
-    stuck.guide._matcher._backend.consume_token(END_THINK)  # type: ignore[union-attr]  # stands for a limit of llguidance
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_a_grammar_that_leads_nowhere_ends_its_reply_alone_and_where_it_does(num_drafts: int) -> None:
+    """It was an error of the server. Drafts get there first, and come back; the free choice there is no part of it."""
+    engine = ScriptedModel(random_logits(0)).engine(num_drafts)
+    prompt = TOKENIZER.encode("<|user|>x<|assistant|><think>so</think>")
+    grammar = Grammar.lark("start: /[a-z]{9}/ NOTHING\nNOTHING: /x/ & /y/")
+    stuck = engine.submit(prompt, SamplingParams(grammar=grammar, max_tokens=20, temperature=0.0))
     other = engine.submit(prompt, SamplingParams(max_tokens=9, ignore_eos=True))
     events = []
     while engine.has_work:
         events += engine.step()
-    assert stuck.finish_reason == "error" and other.finish_reason == "length"
-    assert next(e.error for e in events if e.error)
+    text = "".join(e.text for e in events if e.seq is stuck)
+    assert (stuck.finish_reason, other.finish_reason) == ("grammar", "length")
+    assert len(text) == 9 and text == TOKENIZER.decode(stuck.output) and not any(e.error for e in events)
+
+
+def test_text_that_spells_a_special_token_is_text() -> None:
+    """llguidance's forced tokens were the special ones, which then did not fit: an error of the engine."""
+    engine = ScriptedModel(random_logits(0)).engine()
+    prompt = TOKENIZER.encode("<|user|>x<|assistant|><think></think>")
+    for text in ("</think>", "<|user|>", "a<tool_call>"):
+        seq = generate(engine, [prompt], SamplingParams(grammar=Grammar.choice([text])))[0]
+        assert (TOKENIZER.decode(seq.output), seq.finish_reason) == (text, "stop")
+        assert not {END_THINK, *EOS} & set(seq.output)
 
 
 # ── Loops ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,13 @@ def test_truncations() -> None:
     assert hot[0] < 0.4 and hot[3] > 0.1
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-300])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    """They made infinities of logits, and a warning that ends the engine where warnings are errors."""
+    p = distribution(np.array([20.0, 19.0, -np.inf], dtype=np.float32), SamplingParams(temperature=temperature))
+    assert p.tolist() == [1.0, 0.0, 0.0]
+
+
 def test_penalties_count_what_was_said() -> None:
     x = np.zeros(4)
     params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)

@@ -246,6 +246,9 @@ class Engine:
             return self._fail(seq, "the model produced logits that are not finite")
         for depth, logits_W in enumerate(logits_KW):
             token, is_draft = self._choose(seq, logits_W, depth if depth < w.drafts else None)
+            if seq.guide.error is not None:  # the choice was among nothing
+                seq.finish_reason = "grammar"
+                break
             if depth < w.drafts:
                 self.stats.drafted[depth] += 1
                 self.stats.accepted[depth] += is_draft
@@ -259,8 +262,6 @@ class Engine:
                     logprobs.append(_logprob(logits_W, token, seq.params.logprobs))
             if seq.finish_reason is not None or not is_draft:
                 break
-        if seq.guide.error is not None:
-            return self._fail(seq, f"the grammar could not be followed: {seq.guide.error}")
         if seq.finish_reason is not None:
             text += seq.close_text()
         self.stats.output_tokens += len(token_ids)

@@ -60,13 +60,16 @@ class SamplingParams:
         ranges = {
             "max_tokens": (1, math.inf), "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "top_k": (0, math.inf),
             "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
-            "repetition_penalty": (1e-6, math.inf), "logprobs": (0, 20), "prompt_logprobs": (0, 20),
+            "repetition_penalty": (1e-6, 1e6), "logprobs": (0, 20), "prompt_logprobs": (0, 20),
             "thinking_budget": (0, math.inf),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RequestError(f"{name}: expected a value from {low:g} to {high:g}, found {value}", param=name)
+        far = next((b for b in self.logit_bias.values() if not -100 <= b <= 100), None)
+        if far is not None:
+            raise RequestError(f"logit_bias: expected values from -100 to 100, found {far:g}", param="logit_bias")
         if any(not s for s in self.stop):
             raise RequestError("stop: expected non-empty strings, found an empty one", param="stop")
 

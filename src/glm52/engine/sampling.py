@@ -40,8 +40,9 @@ def processed(logits_W: Array, params: SamplingParams, tokens: Sequence[int], pr
 
 def distribution(logits_W: Array, params: SamplingParams) -> Array:
     """Probabilities after temperature, top_k, top_p and min_p, in this order. Ties at a cut keep the lowest ids."""
-    x = logits_W.astype(np.float64) / params.temperature
-    p = np.exp(x - x.max())
+    x = logits_W.astype(np.float64) - logits_W.max()
+    with np.errstate(over="ignore"):  # next to nothing is what a tiny temperature leaves of all but the likeliest
+        p = np.exp(x / params.temperature)
     p /= p.sum()
     if params.top_k or params.top_p < 1.0:
         order = np.argsort(-p, kind="stable")

@@ -11,7 +11,7 @@ from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array
 from glm52.tokenizer import Detokenizer
 
-FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+FinishReason = Literal["stop", "length", "abort", "error", "repetition", "grammar"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Sequence:
 
     def _ended(self) -> FinishReason | None:
         """Why the reply is over with its last token, if it is."""
+        if self.guide.error is not None:
+            return "grammar"
         if self.guide.is_complete and not self.params.ignore_eos:
             return "stop"
         if self.guide.is_stuck(self.tokens):

@@ -210,6 +210,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     known = as_request_error(error)
     request.app.state.service.metrics.requests.labels(dialect.name, str(known.status)).inc()
     headers = {"retry-after": "1"} if known.status in (429, 503) else {}
+    if known.code == "shutting_down":
+        headers["connection"] = "close"
     if isinstance(error, HTTPException):
         headers |= dict(error.headers or {})
     return JSONResponse(dialect.error(known), known.status, headers=headers)

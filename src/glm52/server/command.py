@@ -1,15 +1,11 @@
 """``glm52 serve``: load a model, bind the port, serve until told to stop."""
 
 import argparse
-import signal
 import socket
 import sys
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
 
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
@@ -17,7 +13,7 @@ from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import resolve
 from glm52.server import foreign
-from glm52.server.app import create_app
+from glm52.server.connections import Server
 from glm52.server.limits import Keys, Limits
 from glm52.server.service import Options, Service
 from glm52.server.upstream import Upstream
@@ -75,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     service = _gateway(args, options) if args.upstream else _engine(args, options)
     host, port = listener.getsockname()[:2]
     print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-    _Server(service).run(sockets=[listener])
+    Server(service).run(sockets=[listener])
     if isinstance(service.backend, AsyncEngine):
         service.backend.close()
     return 0
@@ -117,19 +113,6 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
         upstream, tokenizer, ChatTemplate.read(folder), name=name, aliases=aliases, options=options,
         defaults=generation_defaults(folder), context_length=min(args.context or 1 << 30, upstream.context_length),
     )  # fmt: skip
-
-
-class _Server(uvicorn.Server):
-    """Told to stop, it lets what runs end, for as long as the limits allow; a second Ctrl-C is heard at once."""
-
-    def __init__(self, service: Service) -> None:
-        super().__init__(uvicorn.Config(create_app(service), log_level="warning", access_log=False))
-        self._service = service
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-        self._service.drain()
 
 
 def _read_keys(given: Sequence[str]) -> list[str]:

@@ -34,7 +34,8 @@ from glm52.tokenizer import Tokenizer
 
 _OPAQUE = "glm52:"
 # Ends of a reply that is not whole, and what the dialect calls them.
-_CUT = {"length": "max_output_tokens", "context": "max_output_tokens", "repetition": "repetition"}
+_CUT = {"length": "max_output_tokens", "context": "max_output_tokens", "repetition": "repetition",
+        "grammar": "grammar"}  # fmt: skip
 
 
 class _Tool(Body):

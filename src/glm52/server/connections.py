@@ -1,0 +1,63 @@
+"""The HTTP server under the application: how long a connection may say nothing, and what becomes of all at the end.
+
+uvicorn alone waits for ever for the head of a request, and told to stop it hangs up on those that were about to ask.
+"""
+
+import asyncio
+import signal
+import socket
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from glm52.server.app import create_app
+from glm52.server.service import Service
+
+_GRACE_S = 0.5  # from closing the door to hanging up: a request that is on its way is told 503
+
+
+class Server(uvicorn.Server):
+    """Told to stop, it lets what runs end, for as long as the limits allow; a second Ctrl-C is heard at once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._limits = service, service.options.limits
+        # Replies end by themselves when drain_s is over, but for those that their client has stopped reading.
+        patience = int(self._limits.drain_s) + 5
+        super().__init__(
+            uvicorn.Config(
+                create_app(service), http="h11", log_level="warning", access_log=False,
+                timeout_graceful_shutdown=patience,
+            )
+        )  # fmt: skip
+        self._asking: dict[Any, float] = {}
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+        self._service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: hangs up on those whose request's head is too long in coming."""
+        now = time.monotonic()
+        asking = [c for c in self.server_state.connections if _is_asking(c)]
+        self._asking = {c: self._asking.get(c, now) for c in asking}
+        for connection, since in self._asking.items():
+            if now - since > self._limits.head_s:
+                connection.timeout_keep_alive_handler()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        ends_at = time.monotonic() + _GRACE_S
+        while self.server_state.connections and time.monotonic() < ends_at:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
+def _is_asking(connection: Any) -> bool:
+    """Whether it waits for the head of a request, and not under uvicorn's own limit for the time between two."""
+    is_idle = connection.cycle is None or connection.cycle.response_complete
+    return is_idle and connection.timeout_keep_alive_task is None
