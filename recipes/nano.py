@@ -49,7 +49,10 @@ NAMED = FORMS | {"chat_general": 0.1, "chat_skills": 0.34, "chat_recall": 0.06, 
 VARIED = NAMED | {"chat_skills": 0.42, "chat_general": 0.06, "chat_maths": 0.2, "code": 0.05}
 COMPOSED = NAMED | {"chat_skills": 0.4, "chat_maths": 0.22, "chat_general": 0.06, "induction": 0.04}
 LOOK_UP = {"chat_long": 0.7, "chat_recall": 0.15, "chat_mid": 0.15}
-EDGE = {"chat_long": 0.45, "chat_skills": 0.2, "chat_maths": 0.2, "chat_general": 0.05, "chat_recall": 0.05, "chat_mid": 0.05}
+EDGE = {
+    "chat_long": 0.45, "chat_skills": 0.2, "chat_maths": 0.2, "chat_general": 0.05, "chat_recall": 0.05,
+    "chat_mid": 0.05,
+}  # fmt: skip
 FAR = WIDE | {"chat_skills": 0.24, "chat_maths": 0.26, "chat_general": 0.05, "code": 0.05, "chat_long": 0.24}
 
 
