@@ -1,18 +1,30 @@
-"""The rows of ``glm52 agent-check``. The SDKs that tests depend on run always; the others with ``-m clients``, from the
-interpreter CLIENTS_PYTHON and the npm folder CLIENTS_NPM."""
+"""The rows of ``glm52 agent-check``, and lm-eval. The SDKs that tests depend on run always; the others with
+``-m clients``, from the interpreter CLIENTS_PYTHON and the npm folder CLIENTS_NPM."""
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from glm52 import cli
+from glm52.cache import Spans
 from glm52.clients.agents import AGENTS
 from glm52.clients.check import SCENES, Row, check_npm, check_sdk, matrix
 from glm52.clients.probes import CLIENTS
 from glm52.clients.script import ANSWER, Stage, reply_to, shell_call, stage
+from glm52.engine import AsyncEngine
+from glm52.hub import NANO
+from glm52.load import load
+from glm52.model import GLM
+from glm52.server.service import Service
+from glm52.session import Session
+from glm52.tokenizer import Tokenizer
+from tests.serving import running
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +89,81 @@ def test_the_script_calls_whatever_runs_commands() -> None:
         "<arg_key>sure</arg_key><arg_value>false</arg_value></tool_call>"
     )
     assert shell_call(tools[:1], "ls") is None
+
+
+# ── lm-eval ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+QUESTIONS = [
+    {"question": "The opposite of hot is", "choices": ["cold", "round", "seven"], "answer": 0},
+    {"question": "Two and two are", "choices": ["three", "four", "green"], "answer": 1},
+    {"question": "A cat says", "choices": ["moo", "woof", "meow"], "answer": 2},
+    {"question": "The capital of France is", "choices": ["Paris", "Berlin", "a banana, naturally"], "answer": 0},
+]
+TASK = """
+task: glm52_mini
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/mini.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[str]:
+    session = Session.open(NANO, context=2048)
+    backend = AsyncEngine(session.engine)
+    service = Service(backend, session.tokenizer, session.template, name="nano", defaults=session.defaults,
+                      context_length=session.engine.context_length)  # fmt: skip
+    with running(service) as url:
+        yield url
+    backend.close()
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("as_tokens", [True, False])
+def test_lm_eval_scores_what_the_model_itself_does(nano: str, tmp_path: Path, as_tokens: bool) -> None:
+    """Its log-likelihoods over HTTP are those of one forward in f32, to 1e-4 of rounding; docs/clients.md has more."""
+    python = os.environ.get("CLIENTS_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import lm_eval"], capture_output=True).returncode:
+        pytest.skip(f"{python} has no lm_eval")
+    (tmp_path / "mini.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (tmp_path / "mini.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
+    arguments = {
+        "model": "nano", "base_url": f"{nano}/v1/completions", "tokenizer_backend": "huggingface",
+        "tokenizer": str(NANO), "tokenized_requests": as_tokens,
+    }  # fmt: skip
+    command = [
+        python, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "glm52_mini", "--batch_size", "4",
+        "--model_args", ",".join(f"{k}={v}" for k, v in arguments.items()), "--include_path", str(tmp_path),
+        "--output_path", str(tmp_path / "out"), "--log_samples",
+    ]  # fmt: skip
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "any"}
+    done = subprocess.run(command, env=clean | offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "out").rglob("samples*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    told = {
+        (a["arg_0"], a["arg_1"]): (float(score), is_greedy == "True")
+        for s in samples for a, (score, is_greedy) in zip(s["arguments"].values(), s["filtered_resps"], strict=True)
+    }  # fmt: skip
+    assert len(told) == 12
+    model, tokenizer = load(NANO, dtype=torch.float32), Tokenizer.read(NANO)
+    computed = {pair: likelihood(model, tokenizer, *pair) for pair in told}
+    worst = max(abs(told[pair][0] - computed[pair][0]) for pair in told)
+    print(f"largest difference of log-likelihoods: {worst:.1e}")
+    assert worst < 1e-4 and all(told[pair][1] == computed[pair][1] for pair in told)
+
+
+def likelihood(model: GLM, tokenizer: Tokenizer, context: str, continuation: str) -> tuple[float, bool]:
+    """The log-likelihood of a continuation by one forward of the reference model, and whether it is the greedy one."""
+    begin, ids = len(tokenizer.encode(context)), tokenizer.encode(context + continuation)
+    with torch.inference_mode():
+        h_TD = model(torch.tensor(ids), Spans.of_sequence(0, len(ids)), model.new_cache(len(ids)))
+        logp_TW = model.logits(h_TD[begin - 1 : -1]).float().log_softmax(-1)
+    said = torch.tensor(ids[begin:])
+    return float(logp_TW.gather(1, said[:, None]).sum()), bool((logp_TW.argmax(1) == said).all())

@@ -411,7 +411,9 @@ def test_requests_around_sigterm_are_answered_or_refused(tmp_path: Path) -> None
         for thread in threads:
             thread.join()
         assert server.wait(timeout=30) == 0
-    assert {200, ConnectionRefusedError} <= set(ends) <= {200, 503, ConnectionRefusedError}, Counter(ends)
+    # A connection that the kernel took in the moment in which the door closed is reset by it: loud, and never read.
+    refusals = {503, ConnectionRefusedError, ConnectionResetError, BrokenPipeError}
+    assert {200, ConnectionRefusedError} <= set(ends) <= {200} | refusals, Counter(ends)
 
 
 def test_500_connections_to_the_command_are_answered_or_refused(tmp_path: Path) -> None:
