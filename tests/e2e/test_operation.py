@@ -475,3 +475,23 @@ def test_draining_refuses_and_then_ends_what_is_left() -> None:
     assert (ended.status_code, refused.status_code, health.status_code) == (503, 503, 503)
     assert refused.headers["retry-after"] and refused.json()["error"]["code"] == "shutting_down"
     assert health.json()["status"] == "draining" and script.ended == 1
+
+
+def test_small_frames_are_sent_at_once() -> None:
+    """Else the first token waits 40 ms for the client to acknowledge the head."""
+
+    async def nodelay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def opened(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken: socket.socket = writer.get_extra_info("socket")
+            found.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = command._bind("127.0.0.1", 0)
+        async with await asyncio.start_server(opened, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(nodelay())
