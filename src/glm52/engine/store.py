@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,10 @@ def _listed(folder: Path) -> OrderedDict[str, int]:
     """Bytes of each file, the one that was used longest ago first; the folder is made if it is not there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = [(path, path.stat()) for path in folder.iterdir()]
+        found = []
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):  # another server has finished it, or thrown it away
+                found.append((path, path.stat()))
         for path, stat in found:
             if path.suffix == _UNFINISHED and stat.st_mtime < time.time() - _STALE_S:
                 path.unlink(missing_ok=True)
