@@ -1,7 +1,7 @@
 """The small model that ships with the package: 9.9 million parameters, the whole GLM-5.2 architecture.
 
 First the circuit that copies, then everything at once: natural text, and about two thirds conversations from our own
-generators. Long windows, the indexer and sparse attention come last, while the learning rate falls to zero.
+generators. Long windows and the indexers come last; several stages were added one by one, as their scores asked for them.
 """
 
 from pathlib import Path
