@@ -1,7 +1,8 @@
 """The small model that ships with the package: 9.9 million parameters, the whole GLM-5.2 architecture.
 
 First the circuit that copies, then everything at once: natural text, and about two thirds conversations from our own
-generators. Long windows and the indexers come last; several stages were added one by one, as their scores asked for them.
+generators. Long windows and the indexers come last; several stages were added one by one, as the scores asked for
+them.
 """
 
 from pathlib import Path

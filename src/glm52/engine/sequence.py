@@ -38,10 +38,10 @@ class Event:
 @dataclass(eq=False, kw_only=True)
 class Sequence:
     """State of one request. num_cached: leading tokens whose rows are in the pool. num_cached_tokens: prompt
-    tokens that a shared prefix saved. page_names: what its full pages are called
-    on disk, as far as they were needed. drafts: proposed continuations, with the distributions they were drawn from
-    (None when greedy). stop_string: the one that ended the reply. prompt_logprobs: if asked for, one for each prompt
-    token that is computed; the first has none."""
+    tokens that a shared prefix saved. page_names: what its full pages are called on disk, as far as they were needed.
+    drafts: proposed continuations, with the distributions they were drawn from (None when greedy). stop_string: the one
+    that ended the reply. prompt_logprobs: if asked for, one for each prompt token that is computed; the first has none.
+    """
 
     id: int
     prompt: list[int]

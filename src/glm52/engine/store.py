@@ -19,7 +19,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +183,7 @@ def _listed(folder: Path) -> OrderedDict[str, int]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = []
         for path in folder.iterdir():
-            with suppress(FileNotFoundError):  # another server has finished it, or thrown it away
+            with contextlib.suppress(FileNotFoundError):  # another server has finished it, or thrown it away
                 found.append((path, path.stat()))
         for path, stat in found:
             if path.suffix == _UNFINISHED and stat.st_mtime < time.time() - _STALE_S:
