@@ -1,6 +1,7 @@
 """What every benchmark prints first and last: the machine's ceilings, and one line of JSON."""
 
 import json
+import mmap
 import platform
 import subprocess
 from functools import cache
@@ -14,7 +15,11 @@ from glm52.train.command import matmul_peak_flops
 
 @cache
 def _large() -> torch.Tensor:
-    return torch.ones(1 << 28)  # 1 GiB, far beyond any cache
+    """1 GiB, far beyond any cache, in huge pages where the system has them, as weights are."""
+    memory = mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
 
 
 def read_bandwidth(threads: int, repeats: int = 3) -> float:

@@ -23,6 +23,11 @@
 #include "stack.h"
 #include "table.h"
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace nb = nanobind;
 
 namespace {
@@ -34,6 +39,18 @@ constexpr Table BASE = {"base", base::gemm, base::norm, base::mla, base::index, 
 #ifdef GLM52_X86
 constexpr Table AVX2 = {"avx2", avx2::gemm, avx2::norm, avx2::mla, avx2::index, avx2::stream};
 constexpr Table AVX512 = {"avx512", avx512::gemm, avx512::norm, avx512::mla, avx512::index, avx512::stream};
+constexpr Table AMX = {"amx", amx::gemm, amx::norm, amx::mla, amx::index, amx::stream};
+
+// The kernel hands out the tiles' registers only to processes that ask for them.
+bool has_tiles() {
+#ifdef __linux__
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::vector<const Table*> supported() {
@@ -45,6 +62,7 @@ std::vector<const Table*> supported() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
         __builtin_cpu_supports("avx512vbmi")) {
       tables.push_back(&AVX512);
+      if (has_tiles()) tables.push_back(&AMX);
     }
   }
 #endif

@@ -8,84 +8,63 @@
 namespace NS {
 namespace {
 
-// Results of a block of panels for one tile of tokens: [BLOCK][TILE][LANES].
-using Block = float[BLOCK * TILE * LANES];
+// What a block of panels gave for one tile of tokens.
+struct Results {
+  const float* values;  // [BLOCK][tile][LANES]
+  size_t tile;
+  const float* at(size_t panel, size_t token) const { return values + (panel * tile + token) * LANES; }
+};
 
-template <class F, int P, int T>
-void block(const Matrix& w, const uint8_t* data, size_t stride, size_t first, const typename F::Activation* x,
-           float* out) {
-  const size_t count = w.block_panels(first), bytes = stride / count;
-  for (size_t at = 0; at < count; at += P) {
-    const uint8_t* panel[P];
-    const float* scale[P];
-    for (int p = 0; p < P; ++p) {
-      const size_t mine = std::min(at + p, count - 1);  // a block's last panel stands in for those that are missing
-      panel[p] = data + mine * bytes;
-      scale[p] = w.group ? w.scales.data() + w.scale_at(first + mine) : nullptr;
-    }
-    F16 y[P][T];
-    multiply<F, P, T>(panel, stride, scale, w.scale_stride(first), w.steps(), w.group, x, y);
-    for (int p = 0; p < P && at + p < count; ++p) {
-      for (int t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE + t) * LANES);
-    }
+Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t stride, size_t ahead) {
+  Panels b = {{}, {}, w.block_panels(first), stride, w.scale_stride(first), w.steps(), w.group, ahead};
+  for (size_t p = 0; p < b.count; ++p) {
+    b.panel[p] = data + p * (stride / b.count);
+    b.scale[p] = w.group ? w.scales.get() + w.scale_at(first + p) : nullptr;
   }
+  return b;
 }
 
+// All steps of a block as bfloat16, their scales left out.
 template <class F>
-void block_of_width(const Matrix& w, const uint8_t* data, size_t stride, size_t first, size_t width,
-                    const typename F::Activation* x, float* out) {
-  // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
-  switch (width) {
-    case 1:
-      return block<F, 4, 1>(w, data, stride, first, x, out);
-    case 2:
-      return block<F, 4, 2>(w, data, stride, first, x, out);
-    case 4:
-      return block<F, 4, 4>(w, data, stride, first, x, out);
-    case 8:
-      return block<F, 2, 8>(w, data, stride, first, x, out);
-    default:
-      return block<F, 2, TILE>(w, data, stride, first, x, out);
+const uint8_t* decode_block(const Matrix& w, size_t first, const uint8_t* data, Buffer<uint8_t>& to) {
+  const size_t count = w.block_panels(first), whole = count * w.steps();
+  auto* out = reinterpret_cast<Step*>(to.reserve(whole * sizeof(Step)));
+  for (size_t s = 0; s < whole; ++s) {
+    const size_t group = s / count / (w.group / STEP);
+    const float* scales = w.scales.get() + w.scale_at(first + s % count) + group * w.scale_stride(first);
+    out[s] = load_step<F>(data + s * F::bytes, scales);
   }
+  return to.data();
 }
 
 // Every block of panels [begin, end), begin at a block's start, against every tile; ``each(panel, count, token, tokens,
 // results)`` takes them.
 template <class F, class Each>
 void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t end, Each each) {
+  using Activation = typename F::Activation;
+  constexpr size_t tile = TILE<Activation>;
   static thread_local Buffer<uint8_t> decoded;
   for (size_t first = begin; first < end; first += BLOCK) {
-    const size_t count = w.block_panels(first), whole = count * w.steps();
-    const uint8_t* data = w.data.data() + w.panel_at(first);
-    size_t stride = w.panel_stride(first);
-    bool wide = false;
+    const uint8_t* data = w.data.get() + w.panel_at(first);
+    Panels panels = block_of(w, first, data, w.panel_stride(first), AHEAD);
+    const bool wide = F::scaled && tokens > tile;  // several tiles: decode once
     if constexpr (F::scaled) {
-      if (tokens > TILE) {  // several tiles: decode once
-        wide = true;
-        auto* to = reinterpret_cast<Step*>(decoded.reserve(whole * sizeof(Step)));
-        for (size_t s = 0; s < whole; ++s) {
-          const size_t group = s / count / (w.group / STEP);
-          const float* scales = w.scales.data() + w.scale_at(first + s % count) + group * w.scale_stride(first);
-          to[s] = load_step<F>(data + s * F::bytes, scales);
-        }
-        data = decoded.data();
-        stride = count * sizeof(Step);
-      }
+      if (wide) panels = block_of(w, first, decode_block<F>(w, first, data, decoded), panels.count * sizeof(Step), 0);
     }
-    const auto* tile = static_cast<const typename F::Activation*>(x);
-    Block results;
-    for (size_t t = 0; t < tokens; t += TILE) {
-      const size_t live = std::min(TILE, tokens - t), width = tile_width(live);
+    const auto* of_tile = static_cast<const Activation*>(x);
+    alignas(64) float results[BLOCK * tile * LANES];
+    for (size_t t = 0; t < tokens; t += tile) {
+      const size_t live = std::min(tile, tokens - t);
       if constexpr (F::scaled) {
         if (wide)
-          block_of_width<ScaledBF16>(w, data, stride, first, width, tile, results);
+          product<ScaledBF16>(panels, live, of_tile, results);
         else
-          block_of_width<F>(w, data, stride, first, width, tile, results);
+          product<F>(panels, live, of_tile, results);
       } else {
-        block_of_width<F>(w, data, stride, first, width, tile, results);
+        product<F>(panels, live, of_tile, results);
       }
-      each(first, count, t, live, results);
-      tile += width * w.steps() * STEP;
+      each(first, panels.count, t, live, Results{results, tile});
+      of_tile += tile_width<Activation>(live) * round_up(w.depth, TILE_DEPTH<Activation>);
     }
   }
 }
@@ -109,22 +88,28 @@ void walk_any(const Matrix& w, const void* x, size_t tokens, size_t begin, size_
 }
 
 void linear(const Matrix& w, const void* x, size_t tokens, float* y, size_t stride, size_t begin, size_t end) {
-  walk_any(w, x, tokens, begin, end, [&](size_t panel, size_t count, size_t t, size_t live, const float* r) {
+  walk_any(w, x, tokens, begin, end, [&](size_t panel, size_t count, size_t t, size_t live, const Results& r) {
     for (size_t p = 0; p < count; ++p) {
       const size_t row = (panel + p) * PANEL, rows = std::min(PANEL, w.rows - row);
-      for (size_t i = 0; i < live; ++i) std::memcpy(y + (t + i) * stride + row, r + (p * TILE + i) * LANES, rows * 4);
+      for (size_t i = 0; i < live; ++i) {
+        float* out = y + (t + i) * stride + row;
+        if (rows == PANEL)
+          std::memcpy(out, r.at(p, i), PANEL * sizeof(float));
+        else
+          std::memcpy(out, r.at(p, i), rows * sizeof(float));
+      }
     }
   });
 }
 
 void linear_add(const Matrix& w, const void* x, size_t tokens, const int32_t* token, const float* weight, float* y,
                 size_t stride, size_t begin, size_t end) {
-  walk_any(w, x, tokens, begin, end, [&](size_t panel, size_t count, size_t t, size_t live, const float* r) {
+  walk_any(w, x, tokens, begin, end, [&](size_t panel, size_t count, size_t t, size_t live, const Results& r) {
     for (size_t p = 0; p < count; ++p) {
       const size_t row = (panel + p) * PANEL, rows = std::min(PANEL, w.rows - row);
       for (size_t i = 0; i < live; ++i) {
         float* out = y + (token ? token[t + i] : t + i) * stride + row;
-        const float* in = r + (p * TILE + i) * LANES;
+        const float* in = r.at(p, i);
         const float scale = weight ? weight[t + i] : 1.0f;
         for (size_t n = 0; n < rows; ++n) out[n] += scale * in[n];
       }
@@ -133,11 +118,11 @@ void linear_add(const Matrix& w, const void* x, size_t tokens, const int32_t* to
 }
 
 void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t stride, size_t begin, size_t end) {
-  walk_any(w, x, tokens, 2 * begin, 2 * end, [&](size_t panel, size_t count, size_t t, size_t live, const float* r) {
+  walk_any(w, x, tokens, 2 * begin, 2 * end, [&](size_t panel, size_t count, size_t t, size_t live, const Results& r) {
     for (size_t p = 0; p < count; p += 2) {
       for (size_t i = 0; i < live; ++i) {
-        const float* gate = r + (p * TILE + i) * LANES;
-        const float* up = gate + TILE * LANES;
+        const float* gate = r.at(p, i);
+        const float* up = r.at(p + 1, i);
         float* out = h + (t + i) * stride + (panel + p) / 2 * PANEL;
         for (size_t n = 0; n < LANES; ++n) out[n] = gate[n] * sigmoid(gate[n]) * up[n];
       }
@@ -145,41 +130,77 @@ void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t strid
   });
 }
 
+// Words of four bytes, pairs of bfloat16 or single floats, of token t in a tile.
+template <class T>
+void put_row(const T* row, size_t padded, size_t t, size_t width, T* out) {
+  const size_t words = padded * sizeof(T) / 4;
+  const auto* from = reinterpret_cast<const char*>(row);
+  auto* to = reinterpret_cast<char*>(out);
+  if constexpr (MATRIX_UNIT<T>) {
+    for (size_t k = 0; k < words; k += 2 * LANES) {
+      uint32_t both[2 * LANES], split[2][LANES];
+      std::memcpy(both, from + k * 4, sizeof both);
+      for (size_t i = 0; i < LANES; ++i) split[0][i] = both[2 * i], split[1][i] = both[2 * i + 1];
+      std::memcpy(to + (k * width + t * LANES) * 4, split[0], sizeof split[0]);
+      std::memcpy(to + ((k + LANES) * width + t * LANES) * 4, split[1], sizeof split[1]);
+    }
+  } else {
+    for (size_t k = 0; k < words; ++k) std::memcpy(to + (k * width + t) * 4, from + k * 4, 4);
+  }
+}
+
+// One tile of rows x[token[i]] (or x[i]): see TILE.
 template <class T>
 void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out) {
   static thread_local Buffer<T> scratch;
-  const size_t padded = round_up(depth, STEP), width = tile_width(tokens);
-  T* row = width == 1 ? out : scratch.reserve(padded);
+  const size_t padded = round_up(depth, TILE_DEPTH<T>), width = tile_width<T>(tokens);
+  const bool as_is = width == 1 && !MATRIX_UNIT<T>;
+  T* row = as_is ? out : scratch.reserve(padded);
   for (size_t t = 0; t < width; ++t) {
     const size_t n = t < tokens ? depth : 0;
     narrow(x + (token && t < tokens ? token[t] : t) * stride, n, row);
     std::memset(row + n, 0, (padded - n) * sizeof(T));
-    if (width == 1) return;
-    // Pairs of bfloat16 stay together; single floats stand alone. Either is four bytes.
-    const size_t words = padded * sizeof(T) / 4;
-    for (size_t k = 0; k < words; ++k)
-      std::memcpy(reinterpret_cast<char*>(out) + (k * width + t) * 4, reinterpret_cast<char*>(row) + k * 4, 4);
+    if (!as_is) put_row(row, padded, t, width, out);
+  }
+}
+
+template <class T>
+size_t tiled_size_as(size_t tokens, size_t depth) {
+  const size_t whole = tokens / TILE<T>, rest = tokens % TILE<T>;
+  return (whole * TILE<T> + (rest ? tile_width<T>(rest) : 0)) * round_up(depth, TILE_DEPTH<T>);
+}
+
+size_t tiled_size(bool as_float, size_t tokens, size_t depth) {
+  return as_float ? tiled_size_as<float>(tokens, depth) : tiled_size_as<bf16>(tokens, depth);
+}
+
+size_t num_tiles(bool as_float, size_t tokens) {
+  const size_t tile = as_float ? TILE<float> : TILE<bf16>;
+  return (tokens + tile - 1) / tile;
+}
+
+template <class T>
+void tiles_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out, size_t begin,
+              size_t end) {
+  for (size_t i = begin; i < end; ++i) {
+    const size_t first = i * TILE<T>, live = std::min(TILE<T>, tokens - first);
+    tile_as(token ? x : x + first * stride, stride, token ? token + first : nullptr, live, depth,
+            out + i * tiled_size_as<T>(TILE<T>, depth));
   }
 }
 
 // Tiles [begin, end) of a product's tokens.
 void tile(bool as_float, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, void* out,
           size_t begin, size_t end) {
-  const size_t size = TILE * round_up(depth, STEP);
-  for (size_t i = begin; i < end; ++i) {
-    const size_t first = i * TILE, live = std::min(TILE, tokens - first);
-    const float* rows = token ? x : x + first * stride;
-    const int32_t* picked = token ? token + first : nullptr;
-    if (as_float)
-      tile_as(rows, stride, picked, live, depth, static_cast<float*>(out) + i * size);
-    else
-      tile_as(rows, stride, picked, live, depth, static_cast<bf16*>(out) + i * size);
-  }
+  if (as_float)
+    tiles_as(x, stride, token, tokens, depth, static_cast<float*>(out), begin, end);
+  else
+    tiles_as(x, stride, token, tokens, depth, static_cast<bf16*>(out), begin, end);
 }
 
 }  // namespace
 
 extern const Gemm gemm;
-const Gemm gemm = {linear, linear_add, gated, tile};
+const Gemm gemm = {linear, linear_add, gated, tile, tiled_size, num_tiles};
 
 }  // namespace NS

@@ -1,21 +1,32 @@
 // The one product of panels and tiles that every kernel is built from.
 #pragma once
 
+#include <algorithm>
+
 #include "formats.h"
+#include "panels.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace NS {
 
-// out[p][t] = sum over k of panel p [row, k] * x[k, t], one row in each lane; `stride` bytes lie between two steps. k
-// runs upwards in one chain for each element, whatever P and T are; formats with scales close a chain at the end of
-// every group.
+// out[p][t] = sum over k of panel `first + p` [row, k] * x[k, t], one row in each lane. k runs upwards in one chain for
+// each element, whatever P and T are; formats with scales close a chain at the end of every group. A panel missing at
+// the end is stood in for by the last.
 template <class F, int P, int T>
-inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const float* const (&scale)[P],
-                     size_t scale_stride, size_t steps, size_t group, const typename F::Activation* x,
-                     F16 (&out)[P][T]) {
+inline void multiply(const Panels& b, size_t first, const typename F::Activation* x, F16 (&out)[P][T]) {
+  const size_t stride = b.stride, scale_stride = b.scale_stride, steps = b.steps;
+  const uint8_t* panel[P];
+  const float* scale[P];
+  for (size_t p = 0; p < P; ++p) {
+    panel[p] = b.panel[std::min(first + p, b.count - 1)];
+    scale[p] = b.scale[std::min(first + p, b.count - 1)];
+  }
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }
-  const size_t in_group = F::scaled ? group / STEP : steps;
+  const size_t in_group = F::scaled ? b.group / STEP : steps;
   for (size_t step = 0, g = 0; step < steps; ++g) {
     const size_t end = step + in_group < steps ? step + in_group : steps;
     F16 acc[P][T];
@@ -23,6 +34,7 @@ inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const floa
       for (int t = 0; t < T; ++t) acc[p][t] = F16::zero();
     }
     for (; step < end; ++step, x += STEP * T) {
+      if (b.ahead) prefetch<P * F::bytes>(panel[0] + step * stride + b.ahead);
       if constexpr (F::format == Format::f32) {
         for (size_t k = 0; k < STEP; ++k) {
           F16 w[P];
@@ -53,6 +65,42 @@ inline void multiply(const uint8_t* const (&panel)[P], size_t stride, const floa
         }
       }
     }
+  }
+}
+
+template <class F, int P, int T>
+void product_of(const Panels& b, const typename F::Activation* x, float* out) {
+  for (size_t at = 0; at < b.count; at += P) {
+    F16 y[P][T];
+    multiply<F, P, T>(b, at, x, y);
+    for (size_t p = 0; p < P && at + p < b.count; ++p) {
+      for (size_t t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE<typename F::Activation> + t) * LANES);
+    }
+  }
+}
+
+// out [BLOCK][TILE][LANES] = the panels times a tile of tokens.
+template <class F>
+void product(const Panels& b, size_t tokens, const typename F::Activation* x, float* out) {
+  using Activation = typename F::Activation;
+  if constexpr (MATRIX_UNIT<Activation>) {
+#if defined(__AMX_BF16__)
+    product_tiles<F>(b, tokens, x, out);
+#endif
+    return;
+  }
+  // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
+  switch (tile_width<Activation>(tokens)) {
+    case 1:
+      return product_of<F, 4, 1>(b, x, out);
+    case 2:
+      return product_of<F, 4, 2>(b, x, out);
+    case 4:
+      return product_of<F, 4, 4>(b, x, out);
+    case 8:
+      return product_of<F, 2, 8>(b, x, out);
+    default:
+      return product_of<F, 2, 12>(b, x, out);
   }
 }
 

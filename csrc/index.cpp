@@ -25,48 +25,27 @@ uint64_t ranked(float score, uint32_t position) {
   return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - position);
 }
 
-template <class F, int P, int T>
-void add_heads(const uint8_t* const* panels, size_t depth, const typename F::Activation* q, const float* weight,
-               size_t live, float scale, F16* total) {
-  for (size_t at = 0; at < BLOCK; at += P) {
-    const uint8_t* panel[P];
-    const float* none[P] = {};
-    for (int p = 0; p < P; ++p) panel[p] = panels[at + p];
-    F16 dots[P][T];
-    multiply<F, P, T>(panel, F::bytes, none, 0, depth / STEP, 0, q, dots);
-    for (size_t x = 0; x < live; ++x) {
-      for (int p = 0; p < P; ++p) {
-        total[at + p].fma(F16::all(weight[x]), F16::max(dots[p][x] * F16::all(scale), F16::zero()));
-      }
-    }
-  }
-}
-
 // Scores of the keys in BLOCK panels, all heads.
 template <class F>
 void score(const IndexArgs& a, const uint8_t* const* panels, float* out) {
+  using Activation = typename F::Activation;
+  constexpr size_t tile = TILE<Activation>;
+  Panels keys = {{}, {}, BLOCK, F::bytes, 0, a.depth / STEP, 0, 0};
+  std::copy_n(panels, BLOCK, keys.panel);
   F16 total[BLOCK];
   for (F16& t : total) t = F16::zero();
-  const auto* q = static_cast<const typename F::Activation*>(a.q);
-  for (size_t x = 0; x < a.heads; x += TILE) {
-    const size_t live = std::min(TILE, a.heads - x), width = tile_width(live);
-    switch (width) {
-      case 1:
-        add_heads<F, 4, 1>(panels, a.depth, q, a.weights + x, live, a.scale, total);
-        break;
-      case 2:
-        add_heads<F, 4, 2>(panels, a.depth, q, a.weights + x, live, a.scale, total);
-        break;
-      case 4:
-        add_heads<F, 4, 4>(panels, a.depth, q, a.weights + x, live, a.scale, total);
-        break;
-      case 8:
-        add_heads<F, 2, 8>(panels, a.depth, q, a.weights + x, live, a.scale, total);
-        break;
-      default:
-        add_heads<F, 2, TILE>(panels, a.depth, q, a.weights + x, live, a.scale, total);
+  alignas(64) float dots[BLOCK * tile * LANES];
+  const auto* q = static_cast<const Activation*>(a.q);
+  for (size_t x = 0; x < a.heads; x += tile) {
+    const size_t live = std::min(tile, a.heads - x);
+    product<F>(keys, live, q, dots);
+    for (size_t h = 0; h < live; ++h) {
+      const F16 weight = F16::all(a.weights[x + h]), scale = F16::all(a.scale);
+      for (size_t p = 0; p < BLOCK; ++p) {
+        total[p].fma(weight, F16::max(F16::load(dots + (p * tile + h) * LANES) * scale, F16::zero()));
+      }
     }
-    q += width * a.depth;
+    q += tile_width<Activation>(live) * round_up(a.depth, TILE_DEPTH<Activation>);
   }
   for (size_t p = 0; p < BLOCK; ++p) {
     if constexpr (F::format == Format::fp8) {

@@ -18,22 +18,38 @@
 #include <new>
 #include <vector>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 constexpr size_t PANEL = 16;
 constexpr size_t STEP = 4;
 constexpr size_t BLOCK = 4;  // panels
-// Tokens that one pass over a panel multiplies at most.
-constexpr size_t TILE = 12;
 
 inline size_t round_up(size_t n, size_t m) { return (n + m - 1) / m * m; }
 
-// Memory on a cache line's border that only ever grows; its content is lost when it does.
+// What the system may map with one entry of the page tables; virtual machines walk two tables for each missing one.
+constexpr size_t HUGE_PAGE = size_t{1} << 21;
+
+// On a cache line's border; whole huge pages in it are asked for. For ``std::free``.
+inline void* allocate(size_t bytes) {
+  const bool huge = bytes >= HUGE_PAGE;
+  void* p = std::aligned_alloc(huge ? HUGE_PAGE : 64, round_up(bytes, 64));
+  if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (huge) madvise(p, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
+// Memory that only ever grows; its content is lost when it does.
 template <class T>
 class Buffer {
  public:
   T* reserve(size_t count) {
     if (count > size_) {
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64))));
-      if (!data_) throw std::bad_alloc();
+      data_.reset();
+      data_.reset(static_cast<T*>(allocate(count * sizeof(T))));
       size_ = count;
     }
     return data_.get();
@@ -71,8 +87,8 @@ struct Matrix {
   size_t group = 0;     // values that share a scale; 0 without scales
   bool zeros = false;   // int4 with a zero point beside each scale
   bool lowest = false;  // int8 with -128 among its values
-  Buffer<uint8_t> data;
-  Buffer<float> scales;
+  std::shared_ptr<uint8_t> data;
+  std::shared_ptr<float> scales;
 
   size_t panels() const { return (rows + PANEL - 1) / PANEL; }
   size_t steps() const { return (depth + STEP - 1) / STEP; }
@@ -89,19 +105,3 @@ struct Matrix {
   size_t scale_stride(size_t p) const { return block_panels(p) * group_floats(); }
   size_t bytes() const { return panels() * (panel_bytes() + groups() * group_floats() * sizeof(float)); }
 };
-
-// Tokens of one product, rounded to what the matrix is multiplied with (float for f32, else bfloat16) and laid out in
-// tiles of up to TILE tokens: [depth / 2][tokens of the tile][2]. A tile may be padded with zeros to a width that the
-// kernels know.
-inline size_t tile_width(size_t tokens) {
-  for (size_t width : {1, 2, 4, 8}) {
-    if (tokens <= width) return width;
-  }
-  return TILE;
-}
-inline size_t num_tiles(size_t tokens) { return (tokens + TILE - 1) / TILE; }
-// Values of all tiles of that many tokens.
-inline size_t tiled_size(size_t tokens, size_t depth) {
-  const size_t whole = tokens / TILE, rest = tokens % TILE;
-  return (whole * TILE + (rest ? tile_width(rest) : 0)) * round_up(depth, STEP);
-}

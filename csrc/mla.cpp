@@ -5,9 +5,11 @@
 #include <algorithm>
 
 #include "e4m3.h"
-#include "matrix.h"
-#include "simd.h"
+#include "panels.h"
 #include "table.h"
+#if defined(__AMX_BF16__)
+#include "tiles.h"
+#endif
 
 namespace NS {
 namespace {
@@ -82,11 +84,22 @@ void score(const MlaArgs& a, const typename E::Value* q, float* scores, size_t p
   }
 }
 
+float highest(const float* s, size_t count) {
+  float lanes[LANES];
+  std::fill_n(lanes, LANES, s[0]);
+  const size_t whole = count - count % LANES;
+  for (size_t i = 0; i < whole; i += LANES) {
+    for (size_t k = 0; k < LANES; ++k) lanes[k] = s[i + k] > lanes[k] ? s[i + k] : lanes[k];
+  }
+  float most = *std::max_element(lanes, lanes + LANES);
+  for (size_t i = whole; i < count; ++i) most = s[i] > most ? s[i] : most;
+  return most;
+}
+
 // Probabilities as the rows' own type and, as the last step, what to multiply the sums with.
 template <class E>
 float softmax(float* s, size_t count, size_t padded, typename E::Value* p) {
-  float largest = s[0];
-  for (size_t i = 1; i < count; ++i) largest = s[i] > largest ? s[i] : largest;
+  const float largest = highest(s, count);
   for (size_t i = 0; i < count; ++i) s[i] = exp_fast(s[i] - largest);
   for (size_t i = count; i < padded; ++i) s[i] = 0.0f;
   narrow(s, padded, p);
@@ -170,6 +183,167 @@ void widen_row(const uint8_t* row, const RowLayout& r, bf16* out) {
   std::memset(out + r.latent + r.rotary, 0, (r.stride() - r.latent - r.rotary) * sizeof(bf16));
 }
 
+#if defined(__AMX_BF16__)
+
+constexpr size_t PIECE = 32;  // values of a row, or rows, that one instruction sums
+
+// scores[h][i], heads and rows padded to UNIT: rows are the unit's tokens and heads its weights, whose pairs stand in
+// q [stride / 2][UNIT][2].
+void score_unit(const MlaArgs& a, const bf16* q, size_t heads, float* scores, size_t padded) {
+  static thread_local Buffer<bf16> gathered;
+  const size_t stride = a.layout.stride();
+  const auto* pool = static_cast<const bf16*>(a.rows);
+  bf16* scratch = gathered.reserve(UNIT * stride);
+  shape_tiles(UNIT, UNIT);
+  for (size_t i = 0; i < a.count; i += UNIT) {
+    const size_t last = std::min(i + UNIT, a.count) - 1;
+    const bf16* rows = pool + a.ids[i] * stride;
+    if (last - i < UNIT - 1 || a.ids[last] - a.ids[i] != UNIT - 1) {
+      for (size_t r = 0; r < UNIT; ++r) {
+        const bf16* row = pool + a.ids[std::min(i + r, last)] * stride;
+        const bf16* later = pool + a.ids[std::min(i + UNIT + r, a.count - 1)] * stride;
+        for (size_t z = 0; z < stride; z += PIECE) {
+          __builtin_prefetch(later + z);
+          Pairs::load(row + z).store(scratch + r * stride + z);
+        }
+      }
+      rows = scratch;
+    }
+    before_tile_loads();
+    // Two chains, for one alone waits for itself.
+    _tile_zero(0);
+    _tile_zero(1);
+    for (size_t z = 0; z < stride; z += 2 * PIECE) {
+      _tile_loadd(4, rows + z, stride * sizeof(bf16));
+      _tile_loadd(6, q + z * UNIT, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (z + PIECE == stride) break;
+      _tile_loadd(5, rows + z + PIECE, stride * sizeof(bf16));
+      _tile_loadd(7, q + (z + PIECE) * UNIT, 64);
+      _tile_dpbf16ps(1, 5, 7);
+    }
+    alignas(64) float sums[2][UNIT * UNIT];
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    const __m512i row = _mm512_mullo_epi32(_mm512_set1_epi32(UNIT),
+                                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (size_t h = 0; h < heads; ++h) {
+      const F16 even = {_mm512_i32gather_ps(row, sums[0] + h, 4)}, odd = {_mm512_i32gather_ps(row, sums[1] + h, 4)};
+      ((even + odd) * F16::all(a.scale)).store(scores + h * padded + i);
+    }
+  }
+}
+
+// Columns [c, c + 32 * blocks) of the rows as pairs of rows: to [padded / 32][2 * blocks][UNIT][UNIT][2].
+void pair_rows(const MlaArgs& a, size_t c, size_t blocks, size_t padded, bf16* to) {
+  const auto* pool = static_cast<const bf16*>(a.rows);
+  const size_t stride = a.layout.stride(), tile = UNIT * UNIT * 2;
+  for (size_t i = 0; i < padded; i += 2) {
+    bf16* at = to + i / PIECE * 2 * blocks * tile + i % PIECE / 2 * 2 * UNIT;
+    for (size_t b = 0; b < blocks; ++b) {
+      const size_t column = c + b * ROW_PAD;
+      Pairs low = {_mm512_setzero_si512()}, high = low;
+      if (i < a.count) {
+        const auto* x = pool + a.ids[i] * stride + column;
+        Pairs::interleave(x, pool + a.ids[std::min(i + 1, a.count - 1)] * stride + column, low, high);
+      }
+      _mm512_store_si512(at + 2 * b * tile, low.v);
+      _mm512_store_si512(at + (2 * b + 1) * tile, high.v);
+    }
+  }
+  before_tile_loads();
+}
+
+// Of a few heads, the columns that ``pair_rows`` left: out [heads, latent].
+void mix_unit(const MlaArgs& a, const bf16* p, const float* inverse, size_t heads, const bf16* paired, size_t c,
+              size_t blocks, size_t padded, float* out) {
+  const size_t tile = UNIT * UNIT * 2;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t i = 0; i < padded; i += PIECE, paired += 2 * blocks * tile) {
+    _tile_loadd(4, p + i, padded * sizeof(bf16));
+    _tile_loadd(6, paired, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, paired + tile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (blocks == 1) continue;
+    _tile_loadd(6, paired + 2 * tile, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, paired + 3 * tile, 64);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  alignas(64) float sums[4][UNIT * UNIT];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
+  for (size_t h = 0; h < heads; ++h) {
+    for (size_t b = 0; b < blocks; ++b) {
+      float values[ROW_PAD];
+      const F16 scale = F16::all(inverse[h]);
+      Half::store(F16::load(sums[2 * b] + h * UNIT) * scale, F16::load(sums[2 * b + 1] + h * UNIT) * scale, values);
+      const size_t at = c + b * ROW_PAD;
+      std::memcpy(out + h * a.layout.latent + at, values, std::min(ROW_PAD, a.layout.latent - at) * sizeof(float));
+    }
+  }
+}
+
+// Heads' queries as bfloat16 pairs, [stride / 2][UNIT][2], missing heads zero.
+void pair_queries(const MlaArgs& a, size_t first, size_t heads, bf16* to) {
+  static thread_local Buffer<bf16> row_of;
+  const size_t stride = a.layout.stride();
+  bf16* row = row_of.reserve(stride);
+  std::memset(to, 0, stride * UNIT * sizeof(bf16));
+  std::memset(row, 0, stride * sizeof(bf16));
+  for (size_t h = 0; h < heads; ++h) {
+    narrow(a.q_latent + (first + h) * a.layout.latent, a.layout.latent, row);
+    narrow(a.q_rope + (first + h) * a.rope_stride, a.layout.rotary, row + a.layout.latent);
+    for (size_t k = 0; k < stride; k += 2) std::memcpy(to + k * UNIT + 2 * h, row + k, 2 * sizeof(bf16));
+  }
+}
+
+// The same as ``attend_as`` by the matrix unit, sixteen heads at a time.
+void attend_units(const MlaArgs& a, size_t begin, size_t end, float* out) {
+  static thread_local Buffer<bf16> queries, probabilities, pairs;
+  static thread_local Buffer<float> scratch;
+  const size_t H = end - begin, units = (H + UNIT - 1) / UNIT, padded = round_up(a.count, PIECE),
+               stride = a.layout.stride();
+  bf16* q = queries.reserve(UNIT * stride);
+  bf16* p = probabilities.reserve(units * UNIT * padded);
+  float* scores = scratch.reserve(UNIT * padded + units * UNIT);
+  float* inverse = scores + UNIT * padded;
+  for (size_t h = 0; h < H; h += UNIT) {
+    const size_t heads = std::min(UNIT, H - h);
+    pair_queries(a, begin + h, heads, q);
+    score_unit(a, q, heads, scores, padded);
+    for (size_t k = 0; k < heads; ++k)
+      inverse[h + k] = softmax<Half>(scores + k * padded, a.count, padded, p + (h + k) * padded);
+  }
+  const size_t width = round_up(a.layout.latent, ROW_PAD);
+  bf16* paired = pairs.reserve(padded * 2 * ROW_PAD);
+  for (size_t c = 0; c < width; c += 2 * ROW_PAD) {
+    const size_t blocks = c + ROW_PAD < width ? 2 : 1;
+    pair_rows(a, c, blocks, padded, paired);
+    for (size_t h = 0; h < H; h += UNIT) {
+      const size_t heads = std::min(UNIT, H - h);
+      shape_tiles(heads, heads);
+      mix_unit(a, p + h * padded, inverse + h, heads, paired, c, blocks, padded, out + (begin + h) * a.layout.latent);
+    }
+  }
+}
+
+#endif
+
+void attend_bf16(const MlaArgs& a, size_t begin, size_t end, float* out) {
+#if defined(__AMX_BF16__)
+  attend_units(a, begin, end, out);
+#else
+  attend_as<Half>(a, begin, end, out);
+#endif
+}
+
 // Over fp8 the selected rows are first brought to a pool of their own.
 void attend_widened(const MlaArgs& a, size_t begin, size_t end, float* out) {
   static thread_local Buffer<bf16> rows;
@@ -183,14 +357,14 @@ void attend_widened(const MlaArgs& a, size_t begin, size_t end, float* out) {
   }
   MlaArgs widened = a;
   widened.layout.format = Format::bf16, widened.rows = to, widened.ids = places;
-  attend_as<Half>(widened, begin, end, out);
+  attend_bf16(widened, begin, end, out);
 }
 
 void attend(const MlaArgs& a, size_t begin, size_t end, float* out) {
   if (a.layout.format == Format::f32)
     attend_as<Float>(a, begin, end, out);
   else if (a.layout.format == Format::bf16)
-    attend_as<Half>(a, begin, end, out);
+    attend_bf16(a, begin, end, out);
   else
     attend_widened(a, begin, end, out);
 }
@@ -227,6 +401,6 @@ void write_row(const float* x, const RowLayout& r, void* pool, size_t row) {
 }  // namespace
 
 extern const Mla mla;
-const Mla mla = {attend, write_row};
+const Mla mla = {MATRIX_UNIT<bf16> ? 4 * LANES : 4, attend, write_row};
 
 }  // namespace NS

@@ -2,6 +2,7 @@
 #include "pack.h"
 
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 
 #include "pool.h"
@@ -15,7 +16,7 @@ size_t place(Format f, size_t r, size_t k) {
 
 template <class T>
 void pack_panel(const Source& s, Matrix& m, size_t p) {
-  uint8_t* out = m.data.data() + m.panel_at(p);
+  uint8_t* out = m.data.get() + m.panel_at(p);
   const size_t stride = m.panel_stride(p), bytes = step_bytes(m.format);
   for (size_t step = 0; step < m.steps(); ++step)
     std::memset(out + step * stride, m.format == Format::int4 ? 0x88 : 0, bytes);
@@ -42,7 +43,7 @@ void pack_panel(const Source& s, Matrix& m, size_t p) {
 }
 
 void pack_scales(const Source& s, Matrix& m, size_t p) {
-  float* out = m.scales.data() + m.scale_at(p);
+  float* out = m.scales.get() + m.scale_at(p);
   const size_t stride = m.scale_stride(p);
   for (size_t g = 0; g < m.groups(); ++g) {
     for (size_t r = 0; r < PANEL; ++r) {
@@ -55,6 +56,30 @@ void pack_scales(const Source& s, Matrix& m, size_t p) {
   }
 }
 
+// Pieces smaller than a huge page lie side by side in a few of them; the last to go frees the memory.
+std::shared_ptr<uint8_t> share(size_t bytes) {
+  constexpr size_t TOGETHER = 4 * HUGE_PAGE;
+  const auto fresh = [](size_t size) {
+    return std::shared_ptr<uint8_t>(static_cast<uint8_t*>(allocate(size)), std::free);
+  };
+#ifndef __SANITIZE_ADDRESS__  // which sees the ends of an allocation, not of a piece
+  if (bytes < HUGE_PAGE) {
+    static std::mutex one_at_a_time;
+    static std::shared_ptr<uint8_t> memory;
+    static size_t used = TOGETHER;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    if (used + bytes > TOGETHER) {
+      memory = fresh(TOGETHER);
+      used = 0;
+    }
+    const std::shared_ptr<uint8_t> piece(memory, memory.get() + used);
+    used += round_up(bytes, 64);
+    return piece;
+  }
+#endif
+  return fresh(bytes);
+}
+
 }  // namespace
 
 std::shared_ptr<Matrix> pack(const Source& s) {
@@ -65,8 +90,10 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   m->group = is_scaled(s.format) ? s.group : 0;
   m->zeros = s.zeros != nullptr;
   m->lowest = s.format == Format::int8 && std::memchr(s.data, 0x80, s.rows * s.depth);
-  m->data.reserve(m->panels() * m->panel_bytes());
-  m->scales.reserve(m->panels() * m->groups() * m->group_floats());
+  m->data = share(m->panels() * m->panel_bytes());
+  if (m->group)
+    m->scales =
+        std::reinterpret_pointer_cast<float>(share(m->panels() * m->groups() * m->group_floats() * sizeof(float)));
   pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
     for (size_t p = begin; p < end; ++p) {
       switch (s.format) {

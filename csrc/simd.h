@@ -59,6 +59,7 @@ struct F16 {
 struct Pairs {
   __m512i v;
   static Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  void store(bf16* p) const { _mm512_storeu_si512(p, v); }
   static Pairs all(const bf16* p) {
     int32_t both;
     std::memcpy(&both, p, sizeof both);

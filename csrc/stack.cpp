@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr size_t HEADS = 4;       // heads a unit of attention holds
 constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
 constexpr size_t SHARED = 32768;  // values to convert from which on threads share the work
 
@@ -54,9 +53,10 @@ void Stack::norm(const Vector& w, const float* x, size_t tokens, float* out) {
 }
 
 const void* Stack::tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to) {
-  float* out = to.reserve(tiled_size(tokens, w.depth));
-  pool::each(num_tiles(tokens), 1, threads, [&](size_t begin, size_t end) {
-    table_.gemm.tile(w.format == Format::f32, x, stride, nullptr, tokens, w.depth, out, begin, end);
+  const bool as_float = w.format == Format::f32;
+  float* out = to.reserve(table_.gemm.tiled_size(as_float, tokens, w.depth));
+  pool::each(table_.gemm.num_tiles(as_float, tokens), 1, threads, [&](size_t begin, size_t end) {
+    table_.gemm.tile(as_float, x, stride, nullptr, tokens, w.depth, out, begin, end);
   });
   return out;
 }
@@ -265,9 +265,10 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
       const size_t t = u / splits, part = u % splits, visible = static_cast<size_t>(b.positions[t]) + 1;
       if (visible <= G) continue;
       const size_t share = round_up(blocks(visible, splits), KEY_BLOCK);
-      float* q = tile.reserve(tiled_size(d.index_heads, d.index_dim));
-      table_.gemm.tile(cache.layout.format == Format::f32, q_.data() + t * width + d.heads * (d.nope + d.rotary),
-                       d.index_dim, nullptr, d.index_heads, d.index_dim, q, 0, num_tiles(d.index_heads));
+      const bool as_float = cache.layout.format == Format::f32;
+      float* q = tile.reserve(table_.gemm.tiled_size(as_float, d.index_heads, d.index_dim));
+      table_.gemm.tile(as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
+                       d.index_heads, d.index_dim, q, 0, table_.gemm.num_tiles(as_float, d.index_heads));
       const IndexArgs args = {cache.layout.format,
                               q,
                               index_w_.data() + t * d.index_heads,
@@ -322,19 +323,20 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
       static thread_local Buffer<float> tile;
       for (size_t i = begin; i < end; ++i) {
         const Matrix& w = *weights[i];
-        float* tiles = tile.reserve(tiled_size(T, w.depth));
-        table_.gemm.tile(w.format == Format::f32, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0,
-                         num_tiles(T));
+        const bool as_float = w.format == Format::f32;
+        float* tiles = tile.reserve(table_.gemm.tiled_size(as_float, T, w.depth));
+        table_.gemm.tile(as_float, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0,
+                         table_.gemm.num_tiles(as_float, T));
         table_.gemm.linear(w, tiles, T, y + i * y_head, H * y_head, 0, w.panels());
       }
     });
   };
   per_head(l.key, q_.data(), head, width, absorbed, C);
-  const size_t per_token = blocks(H, HEADS);
+  const size_t unit = table_.mla.heads, per_token = blocks(H, unit);
   const float scale = 1.0f / std::sqrt(static_cast<float>(head));
   pool::each(T * per_token, 1, threads, [&](size_t begin, size_t end) {
     for (size_t u = begin; u < end; ++u) {
-      const size_t t = u / per_token, first = u % per_token * HEADS;
+      const size_t t = u / per_token, first = u % per_token * unit;
       const MlaArgs args = {cache.layout,
                             cache.rows(index),
                             head,
@@ -343,7 +345,7 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
                             s.ids.data() + t * s.width,
                             static_cast<size_t>(s.counts.data()[t]),
                             scale};
-      table_.mla.attend(args, first, std::min(first + HEADS, H), latent + t * H * C);
+      table_.mla.attend(args, first, std::min(first + unit, H), latent + t * H * C);
     }
   });
   per_head(l.value, latent, C, H * C, o, d.value);
@@ -400,10 +402,11 @@ void Stack::group(const std::vector<Expert>& all, const Expert& shared, size_t T
   size_t hidden = 0, in = 0, out = 0, blocks_before = 0;
   const auto add = [&](const Expert& e, const int32_t* tokens, const float* w, size_t n) {
     const size_t F = e.gate_up->panels() / 2 * PANEL;
+    const bool as_float = e.gate_up->format == Format::f32;
     items_.push_back({&e, tokens, w, n, F, hidden, in, out, blocks_before});
     hidden += n * F;
-    in += tiled_size(n, e.gate_up->depth);
-    out += tiled_size(n, e.down->depth);
+    in += table_.gemm.tiled_size(as_float, n, e.gate_up->depth);
+    out += table_.gemm.tiled_size(as_float, n, e.down->depth);
     blocks_before += blocks(F / PANEL, 2);
   };
   if (shared.gate_up) add(shared, nullptr, nullptr, T);
@@ -430,7 +433,8 @@ void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t
     });
   };
   each_item([&](const Item& m) {
-    table_.gemm.tile(as_float, h, D, m.token, m.tokens, D, in + m.in * value, 0, num_tiles(m.tokens));
+    table_.gemm.tile(as_float, h, D, m.token, m.tokens, D, in + m.in * value, 0,
+                     table_.gemm.num_tiles(as_float, m.tokens));
   });
   pool::each(items_.back().first_block, 2, threads, [&](size_t begin, size_t end) {
     for (size_t i = 0; i < count; ++i) {
@@ -443,7 +447,7 @@ void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t
   });
   each_item([&](const Item& m) {
     table_.gemm.tile(as_float, hidden + m.hidden, m.F, nullptr, m.tokens, m.expert->down->depth, out + m.out * value, 0,
-                     num_tiles(m.tokens));
+                     table_.gemm.num_tiles(as_float, m.tokens));
   });
   const size_t panels = items_[0].expert->down->panels();
   pool::each(blocks(panels, BLOCK), 1, threads, [&](size_t begin, size_t end) {

@@ -30,7 +30,8 @@ inline size_t key_panel_bytes(Format f, size_t depth) {
   return PANEL * (f == Format::fp8 ? depth + sizeof(float) : depth * (f == Format::f32 ? 4 : 2));
 }
 
-// x is tiled (see matrix.h); panels [begin, end) are computed; y and h are float with a stride between tokens.
+// x is tiled, in a layout of the instruction set's own; panels [begin, end) are computed; y and h are float with a
+// stride between tokens.
 struct Gemm {
   // y[t, n] = w[n] . x[t]
   void (*linear)(const Matrix& w, const void* x, size_t tokens, float* y, size_t stride, size_t begin, size_t end);
@@ -42,6 +43,9 @@ struct Gemm {
   // Tiles [begin, end) of rows x[token[i]] (or x[i]), as float or rounded to bfloat16
   void (*tile)(bool as_float, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth,
                void* out, size_t begin, size_t end);
+  // Values of all tiles of that many tokens, and the number of tiles
+  size_t (*tiled_size)(bool as_float, size_t tokens, size_t depth);
+  size_t (*num_tiles)(bool as_float, size_t tokens);
 };
 
 struct Norm {
@@ -68,6 +72,8 @@ struct MlaArgs {
 };
 
 struct Mla {
+  // Heads that share what a call prepares.
+  size_t heads;
   // Heads [begin, end) of out [H, latent].
   void (*attend)(const MlaArgs& a, size_t begin, size_t end, float* out);
   // x [latent + rotary] into a row of the pool.
@@ -118,4 +124,5 @@ struct Table {
 GLM52_DECLARE(base)
 GLM52_DECLARE(avx2)
 GLM52_DECLARE(avx512)
+GLM52_DECLARE(amx)
 #undef GLM52_DECLARE

@@ -1,0 +1,53 @@
+// What a product takes: panels that are multiplied together, and how tokens are tiled for it.
+#pragma once
+
+#include <type_traits>
+
+#include "matrix.h"
+#include "simd.h"
+
+namespace NS {
+
+// Up to four panels of weights or of keys; `stride` bytes lie between two steps of a panel, `scale_stride` floats
+// between the scales of two groups. `ahead` bytes on is what will be read soon; 0 where that is not known.
+struct Panels {
+  const uint8_t* panel[BLOCK];
+  const float* scale[BLOCK];
+  size_t count, stride, scale_stride, steps, group, ahead;
+};
+
+// Far enough to hide memory's latency, near enough to stay in the second cache until it is read.
+constexpr size_t AHEAD = 8192;
+
+// To the second cache: the first has too few places for lines on their way.
+template <size_t BYTES>
+inline void prefetch(const uint8_t* p) {
+  for (size_t line = 0; line < BYTES; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
+#if defined(__AMX_BF16__)
+template <class Activation>
+constexpr bool MATRIX_UNIT = std::is_same_v<Activation, bf16>;
+#else
+template <class>
+constexpr bool MATRIX_UNIT = false;
+#endif
+
+// Tokens that one pass over a block multiplies at most, and what their depth is padded to.
+template <class Activation>
+constexpr size_t TILE = MATRIX_UNIT<Activation> ? 32 : 12;
+template <class Activation>
+constexpr size_t TILE_DEPTH = MATRIX_UNIT<Activation> ? 64 : STEP;
+
+// Tokens a tile of that many is padded to with zeros. A tile is [depth / 2][tokens][2] in bfloat16, [depth][tokens] in
+// float, and [depth / 64][first or second pairs of steps][tokens][32] for the matrix unit.
+template <class Activation>
+size_t tile_width(size_t tokens) {
+  if (MATRIX_UNIT<Activation>) return tokens;
+  for (size_t width : {1, 2, 4, 8}) {
+    if (tokens <= width) return width;
+  }
+  return TILE<Activation>;
+}
+
+}  // namespace NS
