@@ -44,6 +44,7 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
   using Activation = typename F::Activation;
   constexpr size_t tile = TILE<Activation>;
   static thread_local Buffer<uint8_t> decoded;
+  Tiles tiles;
   for (size_t first = begin; first < end; first += BLOCK) {
     const uint8_t* data = w.data.get() + w.panel_at(first);
     Panels panels = block_of(w, first, data, w.panel_stride(first), AHEAD);
@@ -57,13 +58,14 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
       const size_t live = std::min(tile, tokens - t);
       if constexpr (F::scaled) {
         if (wide)
-          product<ScaledBF16>(panels, live, of_tile, results);
+          product<ScaledBF16>(panels, live, of_tile, results, tiles);
         else
-          product<F>(panels, live, of_tile, results);
+          product<F>(panels, live, of_tile, results, tiles);
       } else {
-        product<F>(panels, live, of_tile, results);
+        product<F>(panels, live, of_tile, results, tiles);
       }
       each(first, panels.count, t, live, Results{results, tile});
+      panels.ahead = 0;  // which has been asked for
       of_tile += tile_width<Activation>(live) * round_up(w.depth, TILE_DEPTH<Activation>);
     }
   }

@@ -81,11 +81,12 @@ void product_of(const Panels& b, const typename F::Activation* x, float* out) {
 
 // out [BLOCK][TILE][LANES] = the panels times a tile of tokens.
 template <class F>
-void product(const Panels& b, size_t tokens, const typename F::Activation* x, float* out) {
+void product(const Panels& b, size_t tokens, const typename F::Activation* x, float* out,
+             [[maybe_unused]] Tiles& tiles) {
   using Activation = typename F::Activation;
   if constexpr (MATRIX_UNIT<Activation>) {
 #if defined(__AMX_BF16__)
-    product_tiles<F>(b, tokens, x, out);
+    product_tiles<F>(b, tokens, x, out, tiles);
 #endif
     return;
   }

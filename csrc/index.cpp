@@ -27,7 +27,7 @@ uint64_t ranked(float score, uint32_t position) {
 
 // Scores of the keys in BLOCK panels, all heads.
 template <class F>
-void score(const IndexArgs& a, const uint8_t* const* panels, float* out) {
+void score(const IndexArgs& a, const uint8_t* const* panels, float* out, Tiles& tiles) {
   using Activation = typename F::Activation;
   constexpr size_t tile = TILE<Activation>;
   Panels keys = {{}, {}, BLOCK, F::bytes, 0, a.depth / STEP, 0, 0};
@@ -38,7 +38,7 @@ void score(const IndexArgs& a, const uint8_t* const* panels, float* out) {
   const auto* q = static_cast<const Activation*>(a.q);
   for (size_t x = 0; x < a.heads; x += tile) {
     const size_t live = std::min(tile, a.heads - x);
-    product<F>(keys, live, q, dots);
+    product<F>(keys, live, q, dots, tiles);
     for (size_t h = 0; h < live; ++h) {
       const F16 weight = F16::all(a.weights[x + h]), scale = F16::all(a.scale);
       for (size_t p = 0; p < BLOCK; ++p) {
@@ -64,6 +64,7 @@ size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
     const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
     return pool + row / PANEL * panel_bytes;
   };
+  Tiles tiles;
   size_t size = 0;
   uint64_t threshold = 0;
   for (size_t at = begin; at < end; at += BLOCK * PANEL) {
@@ -77,7 +78,7 @@ size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
       for (size_t line = 0; line < BLOCK * panel_bytes; line += 64) __builtin_prefetch(next + line);
     }
     float scores[BLOCK * PANEL];
-    score<F>(a, panels, scores);
+    score<F>(a, panels, scores, tiles);
     const size_t live = std::min(BLOCK * PANEL, end - at);
     for (size_t i = 0; i < live; ++i) {
       const uint64_t rank = ranked(scores[i], static_cast<uint32_t>(at + i));

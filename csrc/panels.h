@@ -5,6 +5,9 @@
 
 #include "matrix.h"
 #include "simd.h"
+#if defined(__AMX_BF16__)
+#include "tiles.h"
+#endif
 
 namespace NS {
 
@@ -31,6 +34,7 @@ constexpr bool MATRIX_UNIT = std::is_same_v<Activation, bf16>;
 #else
 template <class>
 constexpr bool MATRIX_UNIT = false;
+struct Tiles {};  // nothing to keep
 #endif
 
 // Tokens that one pass over a block multiplies at most, and what their depth is padded to.

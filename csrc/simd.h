@@ -240,7 +240,14 @@ inline void sum_four(const F16 (&x)[4], float scale, float* out) {
 
 inline void narrow(const float* x, size_t n, float* out) { std::memcpy(out, x, n * sizeof(float)); }
 inline void narrow(const float* x, size_t n, bf16* out) {
-  for (size_t i = 0; i < n; ++i) narrow(x[i], out[i]);
+  size_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + LANES <= n; i += LANES) {
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    std::memcpy(out + i, &half, sizeof half);
+  }
+#endif
+  for (; i < n; ++i) narrow(x[i], out[i]);
 }
 
 // e^x within 2 ulp for x in [-87, 88]; below that 0, above it clamped. Branch-free, so that loops over it vectorise.

@@ -332,23 +332,47 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
     });
   };
   per_head(l.key, q_.data(), head, width, absorbed, C);
-  const size_t unit = table_.mla.heads, per_token = blocks(H, unit);
   const float scale = 1.0f / std::sqrt(static_cast<float>(head));
-  pool::each(T * per_token, 1, threads, [&](size_t begin, size_t end) {
-    for (size_t u = begin; u < end; ++u) {
-      const size_t t = u / per_token, first = u % per_token * unit;
-      const MlaArgs args = {cache.layout,
-                            cache.rows(index),
-                            head,
-                            absorbed + t * H * C,
-                            q_.data() + t * width + d.nope,
-                            s.ids.data() + t * s.width,
-                            static_cast<size_t>(s.counts.data()[t]),
-                            scale};
-      table_.mla.attend(args, first, std::min(first + unit, H), latent + t * H * C);
-    }
-  });
+  const auto args = [&](size_t t) {
+    return MlaArgs{cache.layout,
+                   cache.rows(index),
+                   H,
+                   head,
+                   absorbed + t * H * C,
+                   q_.data() + t * width + d.nope,
+                   s.ids.data() + t * s.width,
+                   static_cast<size_t>(s.counts.data()[t]),
+                   scale};
+  };
+  if (T >= threads) {
+    pool::each(T, 1, threads, [&](size_t begin, size_t end) {
+      static thread_local AttentionScratch own;
+      for (size_t t = begin; t < end; ++t) attend(args(t), 1, own, latent + t * H * C);
+    });
+  } else {
+    for (size_t t = 0; t < T; ++t) attend(args(t), threads, attention_, latent + t * H * C);
+  }
   per_head(l.value, latent, C, H * C, o, d.value);
+}
+
+// One token's attention by that many threads: out [H, C].
+void Stack::attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out) {
+  const size_t padded = a.padded(), stride = a.layout.stride();
+  if (a.layout.format == Format::fp8) {
+    uint16_t* rows = to.rows.reserve(a.count * stride);
+    int32_t* ids = to.ids.reserve(a.count);
+    for (size_t i = 0; i < a.count; ++i) ids[i] = static_cast<int32_t>(i);
+    pool::each(a.count, 16, threads, [&](size_t begin, size_t end) { table_.mla.widen(a, begin, end, rows); });
+    a.layout.format = Format::bf16, a.rows = rows, a.ids = ids;
+  }
+  float* scores = to.scores.reserve(a.heads * padded);
+  const Softened s = {to.probabilities.reserve(a.heads * padded), to.inverse.reserve(a.heads)};
+  pool::each(padded / SCORE_PAD, 1, threads,
+             [&](size_t begin, size_t end) { table_.mla.score(a, begin * SCORE_PAD, end * SCORE_PAD, scores); });
+  pool::each(a.heads, 1, threads, [&](size_t begin, size_t end) { table_.mla.soften(a, begin, end, scores, s); });
+  const size_t width = round_up(a.layout.latent, ROW_PAD), unit = 2 * ROW_PAD;
+  pool::each(blocks(width, unit), 1, threads,
+             [&](size_t begin, size_t end) { table_.mla.mix(a, s, begin * unit, std::min(end * unit, width), out); });
 }
 
 // The dense MLP of h_ added to x.

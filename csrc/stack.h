@@ -86,6 +86,12 @@ struct Ends {
   Weights combine;
 };
 
+struct AttentionScratch {
+  Buffer<float> scores, probabilities, inverse;
+  Buffer<uint16_t> rows;
+  Buffer<int32_t> ids;
+};
+
 class Stack {
  public:
   Stack(const Dims& dims, const Table& table, size_t threads)
@@ -131,6 +137,7 @@ class Stack {
   void queries(const Layer& l, size_t tokens, size_t width);
   void select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width);
   void attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width);
+  void attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out);
   void dense(const Expert& e, size_t tokens, float* x);
   void sparse(const Layer& l, size_t tokens, float* x);
   void group(const std::vector<Expert>& all, const Expert& shared, size_t T, size_t K, const int32_t* ids,
@@ -147,6 +154,7 @@ class Stack {
   const Table& table_;
   // Scratch, kept between calls.
   Selection selection_;
+  AttentionScratch attention_;
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
       weights_, vocabulary_;
   Buffer<int64_t> proposed_, positions_;

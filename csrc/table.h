@@ -8,6 +8,8 @@
 
 // Rows of a latent pool are padded with zeros to a multiple of this, except in fp8.
 constexpr size_t ROW_PAD = 32;
+// And a head's scores to a multiple of this.
+constexpr size_t SCORE_PAD = 32;
 // Values of an fp8 row that share a scale.
 constexpr size_t ROW_GROUP = 128;
 
@@ -64,19 +66,32 @@ struct Norm {
 struct MlaArgs {
   RowLayout layout;
   const void* rows;
-  size_t rope_stride;
+  size_t heads, rope_stride;
   const float *q_latent, *q_rope;
   const int32_t* ids;
   size_t count;
   float scale;
+  // Scores of a head.
+  size_t padded() const { return round_up(count, SCORE_PAD); }
 };
 
+// Probabilities p [H, padded], as the rows' type, and what the sums they weigh are multiplied with.
+struct Softened {
+  void* p;
+  float* inverse;
+};
+
+// What threads may share between them: rows, heads, then columns.
 struct Mla {
-  // Heads that share what a call prepares.
-  size_t heads;
-  // Heads [begin, end) of out [H, latent].
-  void (*attend)(const MlaArgs& a, size_t begin, size_t end, float* out);
-  // x [latent + rotary] into a row of the pool.
+  // Rows [begin, end) of an fp8 selection as bfloat16 [count, stride], for which the other three then stand
+  void (*widen)(const MlaArgs& a, size_t begin, size_t end, uint16_t* out);
+  // Scores [H, padded] of rows [begin, end), multiples of SCORE_PAD
+  void (*score)(const MlaArgs& a, size_t begin, size_t end, float* scores);
+  // Softmax of heads [begin, end); the scores are lost
+  void (*soften)(const MlaArgs& a, size_t begin, size_t end, float* scores, const Softened& s);
+  // Columns [begin, end), multiples of 2 * ROW_PAD but the last, of out [H, latent]
+  void (*mix)(const MlaArgs& a, const Softened& s, size_t begin, size_t end, float* out);
+  // x [latent + rotary] into a row of the pool
   void (*write_row)(const float* x, const RowLayout& layout, void* pool, size_t row);
 };
 
