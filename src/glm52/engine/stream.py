@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Stream:
-    """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken."""
+    """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken;
+    arrival: what the reader waits for where there is nothing."""
 
     loop: asyncio.AbstractEventLoop
     pending: deque[Event] = field(default_factory=deque)
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    arrival: asyncio.Future[None] | None = None
 
 
 class AsyncEngine:
@@ -59,8 +60,8 @@ class AsyncEngine:
                 while not stream.pending:
                     if self._failure is not None:
                         raise self._failure
-                    await stream.ready.wait()
-                    stream.ready.clear()
+                    stream.arrival = stream.loop.create_future()
+                    await stream.arrival
                 event = Event.joined([stream.pending.popleft() for _ in range(len(stream.pending))])
                 yield event
                 if event.finish_reason is not None:
@@ -118,9 +119,10 @@ def _alert(streams: list[_Stream]) -> None:
     """One trip to the event loop for all streams of a step: a trip each would cost more than what it brings."""
     for loop in {s.loop for s in streams}:
         if not loop.is_closed():
-            loop.call_soon_threadsafe(_set_ready, [s for s in streams if s.loop is loop])
+            loop.call_soon_threadsafe(_wake_readers, [s for s in streams if s.loop is loop])
 
 
-def _set_ready(streams: list[_Stream]) -> None:
+def _wake_readers(streams: list[_Stream]) -> None:
     for stream in streams:
-        stream.ready.set()
+        if stream.arrival is not None and not stream.arrival.done():
+            stream.arrival.set_result(None)

@@ -14,14 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from glm52.errors import CapacityError, RequestError
 from glm52.server.limits import Limits
-from glm52.server.request import Answer, Frame
+from glm52.server.request import Answer, Frame, encoded
 from glm52.server.service import Call
 
 logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LOOK_S = 1.0  # between two looks at the clock
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 async def json_body(request: Request, limits: Limits) -> Any:
@@ -63,7 +62,7 @@ def _mended(value: Any) -> Any:
 def sse(frames: Iterable[Frame]) -> bytes:
     out = []
     for name, data in frames:
-        text = data if isinstance(data, str) else _encode(data)
+        text = data if isinstance(data, str) else encoded(data)
         out.append(f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n")
     return "".join(out).encode("utf-8", "replace")
 
