@@ -121,14 +121,14 @@ def main() -> None:
     seconds = {k: statistics.median(v) for k, v in found.items()}
     total = args.streams * args.tokens
     rates = {k: total / seconds[f"all {k}"] for k in ("direct", "http")}
-    print(
-        f"first token: {seconds['first direct'] * 1e3:.2f} ms directly, {seconds['first http'] * 1e3:.2f} ms over HTTP"
-    )
+    waits = [(b - a) * 1e3 for a, b in zip(found["first direct"], found["first http"], strict=True)]
+    print(f"first token: {seconds['first direct'] * 1e3:.2f} ms directly, {seconds['first http'] * 1e3:.2f} over HTTP; "
+          f"{statistics.median(waits):+.2f} ms in a round, {min(waits):+.2f} to {max(waits):+.2f}")  # fmt: skip
     shares = [a / b for a, b in zip(found["all direct"], found["all http"], strict=True)]
     print(f"{args.streams} streams: {rates['direct']:.0f} tokens/s directly, {rates['http']:.0f} over HTTP; "
-          f"{statistics.median(shares):.1%} of a round's, {min(shares):.1%} to {max(shares):.1%}")  # fmt: skip
+          f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}")  # fmt: skip
     finish({"model": folder.name, "streams": args.streams, "seconds": seconds, "tokens_per_s": rates,
-            "shares": shares})  # fmt: skip
+            "waits_ms": waits, "shares": shares})  # fmt: skip
 
 
 if __name__ == "__main__":
