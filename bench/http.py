@@ -3,17 +3,21 @@
     python -m bench.http [MODEL] [--streams 8] [--tokens 128] [--rounds 5]
 
 Time to the first token of one request, and tokens a second of several at once, streamed as text completions of token
-ids. The server is a process of its own; this one, which reads the streams, shares the two cores with it.
+ids, an event a token. The server is a process of its own; this one, which reads the streams, shares the cores with it.
+So that the server is measured and no client library, it reads bytes from sockets that were connected beforehand, one
+wakeup an event, and only looks for the first event and the last.
 """
 
 import argparse
-import asyncio
+import json
 import random
+import selectors
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from typing import cast
 
 import httpx
 
@@ -38,39 +42,51 @@ def direct(session: Session, prompts: list[list[int]], tokens: int) -> tuple[flo
     return first or 0.0, time.perf_counter() - began
 
 
-async def over_http(client: httpx.AsyncClient, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-    began, firsts = time.perf_counter(), []
+def over_http(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+    """The same, for a client that reads what comes as soon as it comes and looks into it afterwards."""
+    streams = {socket.create_connection(("127.0.0.1", port)): bytearray() for _ in prompts}
+    began, first = time.perf_counter(), None
+    with selectors.DefaultSelector() as ready:
+        for connection, prompt in zip(streams, prompts, strict=True):
+            connection.sendall(request(prompt, tokens))
+            ready.register(connection, selectors.EVENT_READ)
+        while ready.get_map():
+            for key, _ in ready.select():
+                connection = cast(socket.socket, key.fileobj)
+                piece = connection.recv(1 << 16)
+                if not piece:
+                    ready.unregister(connection)
+                    connection.close()
+                elif first is None and b"data: {" in piece:
+                    first = time.perf_counter() - began
+                streams[connection] += piece
+    seconds = time.perf_counter() - began
+    assert all(b"data: [DONE]" in stream for stream in streams.values()), "every reply is whole"
+    return first or 0.0, seconds
 
-    async def one(prompt: list[int]) -> None:
-        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-        seen = 0
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {") and not seen:
-                    firsts.append(time.perf_counter() - began)
-                    seen = 1
 
-    await asyncio.gather(*map(one, prompts))
-    return min(firsts), time.perf_counter() - began
+def request(prompt: list[int], tokens: int) -> bytes:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
+    return head.encode() + data
 
 
-async def measure(args: argparse.Namespace, session: Session, url: str) -> dict[str, list[float]]:
+def measure(args: argparse.Namespace, session: Session, port: int) -> dict[str, list[float]]:
     rng, vocabulary = random.Random(0), session.tokenizer.vocab_size
     fresh = lambda n: [[rng.randrange(vocabulary) for _ in range(PROMPT)] for _ in range(n)]  # noqa: E731
     out: dict[str, list[float]] = {k: [] for k in ("first direct", "first http", "all direct", "all http")}
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        for turn in range(args.rounds + 1):  # the first warms up
-            single, many = fresh(1), fresh(args.streams)
-            found = {
-                "first direct": direct(session, single, 2)[0],
-                "first http": (await over_http(client, single, 2))[0],
-                "all direct": direct(session, many, args.tokens)[1],
-                "all http": (await over_http(client, many, args.tokens))[1],
-            }
-            if turn:
-                for name, seconds in found.items():
-                    out[name].append(seconds)
+    for turn in range(args.rounds + 1):  # the first warms up
+        single, many = fresh(1), fresh(args.streams)
+        found = {
+            "first direct": direct(session, single, 2)[0],
+            "first http": over_http(port, single, 2)[0],
+            "all direct": direct(session, many, args.tokens)[1],
+            "all http": over_http(port, many, args.tokens)[1],
+        }
+        if turn:
+            for name, seconds in found.items():
+                out[name].append(seconds)
     return out
 
 
@@ -88,29 +104,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     folder, port = resolve(args.model), free_port()
-    url = f"http://127.0.0.1:{port}"
     options = ["--port", str(port), "--max-seqs", str(args.streams), "--drafts", "0"]
     server = subprocess.Popen([sys.executable, "-m", "glm52.cli", "serve", str(folder), *options])
     try:
         session = Session.open(folder, max_seqs=args.streams, num_drafts=0)
         for _ in range(600):
             try:
-                httpx.get(f"{url}/health").raise_for_status()
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
                 break
             except httpx.HTTPError:
                 time.sleep(0.1)
-        seconds = {k: statistics.median(v) for k, v in asyncio.run(measure(args, session, url)).items()}
+        found = measure(args, session, port)
     finally:
         server.terminate()
         server.wait()
+    seconds = {k: statistics.median(v) for k, v in found.items()}
     total = args.streams * args.tokens
     rates = {k: total / seconds[f"all {k}"] for k in ("direct", "http")}
-    print(
-        f"first token: {seconds['first direct'] * 1e3:.2f} ms directly, {seconds['first http'] * 1e3:.2f} ms over HTTP"
-    )
-    print(f"{args.streams} streams: {rates['direct']:.0f} tokens/s directly, {rates['http']:.0f} over HTTP, "
-          f"{rates['http'] / rates['direct']:.1%}")  # fmt: skip
-    finish({"model": folder.name, "streams": args.streams, "seconds": seconds, "tokens_per_s": rates})
+    waits = [(b - a) * 1e3 for a, b in zip(found["first direct"], found["first http"], strict=True)]
+    print(f"first token: {seconds['first direct'] * 1e3:.2f} ms directly, {seconds['first http'] * 1e3:.2f} over HTTP; "
+          f"{statistics.median(waits):+.2f} ms in a round, {min(waits):+.2f} to {max(waits):+.2f}")  # fmt: skip
+    shares = [a / b for a, b in zip(found["all direct"], found["all http"], strict=True)]
+    print(f"{args.streams} streams: {rates['direct']:.0f} tokens/s directly, {rates['http']:.0f} over HTTP; "
+          f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}")  # fmt: skip
+    finish({"model": folder.name, "streams": args.streams, "seconds": seconds, "tokens_per_s": rates,
+            "waits_ms": waits, "shares": shares})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -356,16 +356,17 @@ class ReplyParser:
 
     def _until(self, *markers: str) -> tuple[str, str | None]:
         """Consume text up to the first marker -> (text before, marker); without one, all that cannot begin a marker."""
+        last = self._buffer.rfind("<")  # every marker begins with one and has no other
+        if last < 0:
+            text, self._buffer = self._buffer, ""
+            return text, None
         found = min(((self._buffer.find(m), m) for m in markers if m in self._buffer), default=None)
         if found is not None:
             at, marker = found
             before, self._buffer = self._buffer[:at], self._buffer[at + len(marker) :]
             return before, marker
-        hold = 0
-        if not self._closed:
-            longest = min(len(self._buffer), max(map(len, markers)) - 1)
-            hold = next((n for n in range(longest, 0, -1) if any(m.startswith(self._buffer[-n:]) for m in markers)), 0)
-        split = len(self._buffer) - hold
+        is_begun = any(m.startswith(self._buffer[last:]) for m in markers)
+        split = last if is_begun and not self._closed else len(self._buffer)
         before, self._buffer = self._buffer[:split], self._buffer[split:]
         return before, None
 

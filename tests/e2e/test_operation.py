@@ -223,6 +223,45 @@ def test_a_hang_up_ends_the_sequence_within_a_step() -> None:
     backend.close()
 
 
+def test_a_hang_up_before_the_first_token_is_seen_at_once() -> None:
+    script = Script(delay_s=600)
+    with running(scripted_service(script, first_wait_s=600)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        data = json.dumps(BODY | {"stream": True}).encode()
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            client.sendall(
+                b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(data)) + data
+            )
+            while not script.prompts:
+                time.sleep(0.01)
+        ends_at = time.monotonic() + 30
+        while not script.ended and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        assert script.ended == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_failure_of_one_answer_ends_the_others(stream: bool) -> None:
+    class Second(Script):
+        """The second answer fails, the first would take for ever."""
+
+        async def generate(self, *args: Any) -> Any:
+            self.delay_s, self.error = (600, None) if not self.prompts else (0, "broken")
+            async for event in super().generate(*args):
+                yield event
+
+    script = Second("</think>ok")
+
+    async def main() -> httpx.Response:
+        async with asgi(scripted_service(script)) as client:
+            reply = await client.post(CHAT, json=BODY | {"n": 2, "stream": stream})
+            assert script.ended == 2
+            return reply
+
+    reply = asyncio.run(main())
+    assert reply.status_code == (200 if stream else 500) and "broken" in reply.text
+
+
 # ── Metrics, logs, explanations ──────────────────────────────────────────────────────────────────────────────────
 
 

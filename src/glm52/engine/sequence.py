@@ -1,7 +1,7 @@
 """One request inside the engine: its tokens, its rows, its drafts, and the text it has become."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,16 @@ class Event:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+
+    @staticmethod
+    def joined(events: "list[Event]") -> "Event":
+        """Consecutive events of one sequence as one."""
+        return events[0] if len(events) == 1 else replace(
+            events[-1],
+            token_ids=[t for e in events for t in e.token_ids],
+            text="".join(e.text for e in events),
+            logprobs=[t for e in events for t in e.logprobs],
+        )  # fmt: skip
 
 
 @dataclass(eq=False, kw_only=True)

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
 
 from glm52.engine.engine import Engine
 from glm52.engine.params import SamplingParams
@@ -17,7 +18,15 @@ from glm52.errors import CapacityError
 
 logger = logging.getLogger(__name__)
 
-_Deliver = Callable[[Event | BaseException], None]
+
+@dataclass(eq=False)
+class _Stream:
+    """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken;
+    arrival: what the reader waits for where there is nothing."""
+
+    loop: asyncio.AbstractEventLoop
+    pending: deque[Event] = field(default_factory=deque)
+    arrival: asyncio.Future[None] | None = None
 
 
 class AsyncEngine:
@@ -29,7 +38,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, max_waiting: int = 256) -> None:
         self.engine, self.max_waiting = engine, max_waiting
-        self._streams: dict[Sequence, _Deliver] = {}
+        self._streams: dict[Sequence, _Stream] = {}
         self._aborted: deque[Sequence] = deque()
         self._wake = threading.Event()
         self._closing = False
@@ -38,24 +47,24 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
-        """Events of one reply until its finish_reason. RequestError if it can never be served."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        """Events of one reply until its finish_reason. RequestError if it can never be served.
 
-        def deliver(item: Event | BaseException) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-
+        What several steps brought while nobody took it comes as one event: a reader that is late catches up.
+        """
         if params.grammar is not None and self.engine.matchers is not None:
             await asyncio.to_thread(self.engine.matchers.compile, params.grammar)
-        seq = self._submit(tokens, params, deliver)
+        stream = _Stream(asyncio.get_running_loop())
+        seq = self._submit(tokens, params, stream)
         try:
             while True:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
+                while not stream.pending:
+                    if self._failure is not None:
+                        raise self._failure
+                    stream.arrival = stream.loop.create_future()
+                    await stream.arrival
+                event = Event.joined([stream.pending.popleft() for _ in range(len(stream.pending))])
+                yield event
+                if event.finish_reason is not None:
                     return
         finally:
             self._streams.pop(seq, None)
@@ -70,7 +79,7 @@ class AsyncEngine:
         if self.engine.store is not None:
             self.engine.store.close()
 
-    def _submit(self, tokens: Iterable[int], params: SamplingParams, deliver: _Deliver) -> Sequence:
+    def _submit(self, tokens: Iterable[int], params: SamplingParams, stream: _Stream) -> Sequence:
         if self._failure is not None:
             raise self._failure
         if self._closing:
@@ -78,7 +87,7 @@ class AsyncEngine:
         if len(self.engine.scheduler.waiting) >= self.max_waiting:
             raise CapacityError(f"the queue is full with {self.max_waiting} requests; try again later")
         seq = self.engine.submit(tokens, params)
-        self._streams[seq] = deliver
+        self._streams[seq] = stream
         self._wake.set()
         return seq
 
@@ -88,14 +97,32 @@ class AsyncEngine:
                 self._wake.clear()
                 while self._aborted:
                     self.engine.abort(self._aborted.popleft())
-                for event in self.engine.step():
-                    deliver = self._streams.get(event.seq)
-                    if deliver is not None:
-                        deliver(event)
+                self._deliver(self.engine.step())
                 if not self.engine.has_work and not self._aborted and not self._closing:
                     self._wake.wait()
         except BaseException as error:  # a thread has no caller: every stream is told
             logger.exception("the engine stopped")
             self._failure = error
-            for deliver in list(self._streams.values()):
-                deliver(error)
+            _alert(list(self._streams.values()))
+
+    def _deliver(self, events: Iterable[Event]) -> None:
+        told = []
+        for event in events:
+            stream = self._streams.get(event.seq)
+            if stream is not None:
+                stream.pending.append(event)
+                told.append(stream)
+        _alert(told)
+
+
+def _alert(streams: list[_Stream]) -> None:
+    """One trip to the event loop for all streams of a step: a trip each would cost more than what it brings."""
+    for loop in {s.loop for s in streams}:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_wake_readers, [s for s in streams if s.loop is loop])
+
+
+def _wake_readers(streams: list[_Stream]) -> None:
+    for stream in streams:
+        if stream.arrival is not None and not stream.arrival.done():
+            stream.arrival.set_result(None)

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import uuid
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
 from pydantic_core import from_json
@@ -26,6 +27,7 @@ from glm52.server.request import (
     Frame,
     Json,
     Sampling,
+    Template,
     Usage,
     sampling,
     validated,
@@ -194,6 +196,7 @@ class Writer:
         }  # fmt: skip
         self._open: str | None = None
         self._arguments = ""
+        self._template = cache(_make_template)
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
         usage = usage_payload(Usage(prompt_tokens=prompt_tokens, cached_tokens=cached_tokens))
@@ -229,20 +232,17 @@ class Writer:
             case ReasoningDelta(text):
                 opening = self._open_block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
                 self._block["thinking"] += text
-                return [
-                    *opening,
-                    self._event("content_block_delta", delta={"type": "thinking_delta", "thinking": text}),
-                ]
+                return [*opening, self._more("thinking_delta", "thinking", text)]
             case ContentDelta(text):
                 opening = self._open_block("text", {"type": "text", "text": ""})
                 self._block["text"] += text
-                return [*opening, self._event("content_block_delta", delta={"type": "text_delta", "text": text})]
+                return [*opening, self._more("text_delta", "text", text)]
             case ToolCallStart(index, id, name):
                 self._arguments = ""
                 return self._open_block(f"call {index}", {"type": "tool_use", "id": id, "name": name, "input": {}})
             case ToolCallArguments(_, text):
                 self._arguments += text
-                return [self._event("content_block_delta", delta={"type": "input_json_delta", "partial_json": text})]
+                return [self._more("input_json_delta", "partial_json", text)]
             case ToolCallEnd():
                 return self._close_block()
             case _:
@@ -275,8 +275,15 @@ class Writer:
         self._open = None
         return [*frames, self._event("content_block_stop")]
 
+    def _more(self, kind: str, field: str, text: str) -> Frame:
+        return "content_block_delta", self._template(len(self.message["content"]) - 1, kind, field).filled(text)
+
     def _event(self, kind: str, **fields: Any) -> Frame:
         return kind, {"type": kind, "index": len(self.message["content"]) - 1, **fields}
+
+
+def _make_template(index: int, kind: str, field: str) -> Template:
+    return Template(lambda text: {"type": "content_block_delta", "index": index, "delta": {"type": kind, field: text}})
 
 
 def signature(reasoning: str) -> str:

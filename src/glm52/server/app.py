@@ -1,9 +1,8 @@
 """The ASGI application: which route speaks which dialect, and one way to serve them all."""
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from glm52 import __version__
 from glm52.errors import CapacityError, RequestError
 from glm52.server import anthropic, completions, openai, page, responses, tokens, zai
-from glm52.server.http import as_request_error, events, json_body, run_whole, sse
+from glm52.server.http import EventStream, as_request_error, json_body, run_whole, sse
 from glm52.server.openapi import document
 from glm52.server.request import ChatRequest, ContextOverflow, Defaults, Json
 from glm52.server.service import Call, Service
@@ -73,7 +73,7 @@ async def _read(request: Request, dialect: Dialect) -> ChatRequest:
     return chat
 
 
-async def _converse(request: Request, dialect: Dialect) -> Response:
+async def _converse(request: Request, dialect: Dialect) -> ASGIApp:
     service: Service = request.app.state.service
     client = _client(request)
     chat = await _read(request, dialect)
@@ -83,12 +83,11 @@ async def _converse(request: Request, dialect: Dialect) -> Response:
     except ContextOverflow as error:
         if not (dialect.fails_in_stream and chat.stream):
             raise
+        service.metrics.count(dialect.name, 200)
         return Response(sse([*writer.begin(0, 0), *writer.fail(error)]), media_type="text/event-stream")
     headers = _headers(chat, call)
     if chat.stream:
-        stream = events(call, writer)
-        first = await anext(stream)
-        return StreamingResponse(_prepend(first, stream), media_type="text/event-stream", headers=headers)
+        return EventStream(call, writer, headers)
     status = 499
     try:
         await run_whole(request, call)
@@ -101,6 +100,7 @@ async def _converse(request: Request, dialect: Dialect) -> Response:
         raise known from error
     finally:
         call.finish(status)
+    service.metrics.count(dialect.name, 200)
     return JSONResponse(writer.whole(call.answers, call.usage), headers=headers)
 
 
@@ -132,13 +132,6 @@ def _headers(chat: ChatRequest, call: Call) -> dict[str, str]:
         "x-glm52-unheld": ", ".join(call.unheld), "cache-control": "no-cache" if chat.stream else "",
     }  # fmt: skip
     return {k: re.sub("[^ -~]", "?", v)[:1024] for k, v in said.items() if v}
-
-
-async def _prepend(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(rest):  # type: ignore[type-var]
-        yield first
-        async for item in rest:
-            yield item
 
 
 # ── Other routes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -208,7 +201,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     known = as_request_error(error)
-    request.app.state.service.metrics.requests.labels(dialect.name, str(known.status)).inc()
+    request.app.state.service.metrics.count(dialect.name, known.status)
     headers = {"retry-after": "1"} if known.status in (429, 503) else {}
     if known.code == "shutting_down":
         headers["connection"] = "close"
@@ -217,17 +210,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(dialect.error(known), known.status, headers=headers)
 
 
-def _endpoint(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        response = await _converse(request, dialect)
-        request.app.state.service.metrics.requests.labels(dialect.name, "200").inc()
-        return response
-
-    return endpoint
-
-
 def create_app(service: Service) -> Starlette:
-    routes = [Route(path, _endpoint(dialect), methods=["POST"]) for path, dialect in DIALECTS.items()]
+    routes = [Route(path, partial(_converse, dialect=dialect), methods=["POST"]) for path, dialect in DIALECTS.items()]
     for prefix in ("/v1", "/api/paas/v4", "/api/coding/paas/v4", "/api/anthropic/v1"):
         routes += [Route(f"{prefix}/models", models), Route(f"{prefix}/models/{{name:path}}", model)]
     routes += [Route(f"{p}/v1/messages/count_tokens", count_tokens, methods=["POST"]) for p in ("", "/api/anthropic")]

@@ -8,6 +8,7 @@ count on one token after it, so that one may be the end of the text.
 import time
 import uuid
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from glm52.chat import Delta, Thinking
@@ -22,7 +23,18 @@ from glm52.server.openai import (
     usage_payload,
     wants_usage,
 )
-from glm52.server.request import Answer, ChatRequest, Defaults, Frame, Json, Usage, sampling, stop_strings, validated
+from glm52.server.request import (
+    Answer,
+    ChatRequest,
+    Defaults,
+    Frame,
+    Json,
+    Template,
+    Usage,
+    sampling,
+    stop_strings,
+    validated,
+)
 from glm52.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
@@ -72,6 +84,7 @@ class Writer:
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._offsets: dict[int, int] = {}
         self._said: dict[int, int] = {}
+        self._template = cache(lambda index: Template(lambda text: self._data(index, text, None, None)))
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
         return []
@@ -82,16 +95,16 @@ class Writer:
         if self.request.echo or at == len(answer.text):
             return []
         self._said[answer.index] = len(answer.text)
-        said = None
-        if self.request.params.logprobs is not None:
-            said = self._logprobs(answer.index, [(t.token_id, t) for t in logprobs])
-        return [self._chunk(answer, answer.text[at:], None, said)]
+        if self.request.params.logprobs is None:
+            return [(None, self._template(answer.index).filled(answer.text[at:]))]
+        said = self._logprobs(answer.index, [(t.token_id, t) for t in logprobs])
+        return [(None, self._data(answer.index, answer.text[at:], None, said))]
 
     def end(self, answer: Answer) -> list[Frame]:
         if self.request.echo:
             whole = self._choice(answer)
-            return [self._chunk(answer, whole["text"], whole["finish_reason"], whole["logprobs"])]
-        return [self._chunk(answer, "", _finish_reason(answer), None)]
+            return [(None, self._envelope() | {"choices": [whole]})]
+        return [(None, self._data(answer.index, "", _finish_reason(answer), None))]
 
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
         frames: list[Frame] = []
@@ -138,9 +151,9 @@ class Writer:
             out.setdefault(self._tokenizer.decode([i]), p)
         return out
 
-    def _chunk(self, answer: Answer, text: str, reason: str | None, logprobs: Json | None) -> Frame:
-        choice = {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return None, self._envelope() | {"choices": [choice]}
+    def _data(self, index: int, text: str, reason: str | None, logprobs: Json | None) -> Json:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return self._envelope() | {"choices": [choice]}
 
     def _envelope(self) -> Json:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}

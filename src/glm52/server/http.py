@@ -1,27 +1,26 @@
 """Bodies in, events out: what HTTP needs, whatever the dialect."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
 
-from glm52.chat import Delta
-from glm52.engine import TokenLogprob
 from glm52.errors import CapacityError, RequestError
 from glm52.server.limits import Limits
-from glm52.server.request import Answer, Frame
+from glm52.server.request import Answer, Frame, encoded
 from glm52.server.service import Call
 
 logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_Item = tuple[Answer, list[Delta], list[TokenLogprob]] | Answer | Exception
+_LOOK_S = 1.0  # between two looks at the clock
 
 
 async def json_body(request: Request, limits: Limits) -> Any:
@@ -63,7 +62,7 @@ def _mended(value: Any) -> Any:
 def sse(frames: Iterable[Frame]) -> bytes:
     out = []
     for name, data in frames:
-        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+        text = data if isinstance(data, str) else encoded(data)
         out.append(f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n")
     return "".join(out).encode("utf-8", "replace")
 
@@ -83,89 +82,105 @@ def as_request_error(error: BaseException) -> RequestError:
 
 
 async def run_whole(request: Request, call: Call) -> None:
-    """All answers to their end; everything stops as soon as the client is gone or time is up."""
+    """All answers to their end."""
 
     async def drain(answer: Answer) -> None:
         async for _ in call.run(answer):
             pass
 
-    done = asyncio.gather(*(drain(a) for a in call.answers))
-    watcher = asyncio.ensure_future(_disconnected(request))
+    async def wait() -> float:
+        return _LOOK_S
+
+    await _to_the_end(call, request.receive, map(drain, call.answers), wait)
+
+
+class EventStream:
+    """A response of server-sent events: those of all answers as they come, and a sign of life when nothing came for a
+    while. The head goes out with the first token, or after ``first_wait_s`` without one: an error before that is
+    raised, so that it becomes a status; after that it is an event.
+    """
+
+    def __init__(self, call: Call, writer: Any, headers: Mapping[str, str]) -> None:
+        self._call, self._writer = call, writer
+        self._headers = {"content-type": "text/event-stream; charset=utf-8", **headers}
+        self._is_begun = False
+        self._said_at = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send, call, status = send, self._call, 499
+        try:
+            await _to_the_end(call, receive, map(self._follow, call.answers), self._show_life)
+            await self._say(sse(self._writer.close(call.answers, call.usage)), is_last=True)
+            status = 200
+        except ClientDisconnect:
+            if not self._is_begun:
+                raise
+        except Exception as error:
+            known = as_request_error(error)
+            status = known.status
+            if not self._is_begun:
+                raise known from error
+            await self._say(sse(self._writer.fail(known)), is_last=True)
+        finally:
+            call.finish(status)
+
+    async def _follow(self, answer: Answer) -> None:
+        async for deltas, logprobs in self._call.run(answer):
+            if not self._is_begun:
+                await self._begin()
+            await self._say(sse(self._writer.more(answer, deltas, logprobs)))
+        await self._say(sse(self._writer.end(answer)))
+
+    async def _show_life(self) -> float:
+        """A sign of life if it is time for one -> seconds until the next may be."""
+        limits = self._call.service.options.limits
+        patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
+        left = self._said_at + patience - time.monotonic()
+        if left > 0:
+            return left
+        if not self._is_begun:
+            await self._begin()
+        await self._say(self._writer.keep_alive)
+        return limits.keep_alive_s
+
+    async def _begin(self) -> None:
+        self._is_begun = True
+        self._call.service.metrics.count(self._call.dialect, 200)
+        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        usage = self._call.usage
+        await self._say(sse(self._writer.begin(usage.prompt_tokens, usage.cached_tokens)))
+
+    async def _say(self, body: bytes, *, is_last: bool = False) -> None:
+        self._said_at = time.monotonic()
+        if body or is_last:
+            await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+async def _to_the_end(
+    call: Call, receive: Receive, replies: Iterable[Coroutine[Any, Any, None]], wait: Callable[[], Awaitable[float]]
+) -> None:
+    """All replies to their end; everything stops as soon as one fails, the client is gone or time is up.
+
+    wait: what is to be done meanwhile -> seconds until it wants to be called again."""
+    tasks = [asyncio.ensure_future(r) for r in replies]
+    done, gone = asyncio.gather(*tasks), asyncio.ensure_future(_disconnected(receive))
+    both: tuple[asyncio.Future[Any], ...] = (done, gone)
     try:
         while not done.done():
-            left = call.time_left()
-            if left <= 0:
+            if call.time_left() <= 0:
                 raise call.overdue()
-            both: tuple[asyncio.Future[Any], ...] = (done, watcher)
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=min(left, 1.0))
-            if watcher.done() and not done.done():
+            patience = min(await wait(), call.time_left(), _LOOK_S)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
+            if gone.done() and not done.done():
                 raise ClientDisconnect
         await done
     finally:
-        watcher.cancel()
-        done.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await done
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def events(call: Call, writer: Any) -> AsyncIterator[bytes]:
-    """Server-sent events of all answers as they come; a sign of life when nothing came for a while.
-
-    An error before the first item is raised, so that it becomes a status; after that it is an event. The first item
-    comes with the first token, or after ``first_wait_s`` without one.
-    """
-    limits = call.service.options.limits
-    queue: asyncio.Queue[_Item] = asyncio.Queue()
-
-    async def pump(answer: Answer) -> None:
-        try:
-            async for deltas, logprobs in call.run(answer):
-                queue.put_nowait((answer, deltas, logprobs))
-            queue.put_nowait(answer)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(pump(a)) for a in call.answers]
-    begun, unfinished, status = False, len(tasks), 499
-    try:
-        while unfinished:
-            item = await _next(queue, call, limits.keep_alive_s if begun else limits.first_wait_s)
-            if isinstance(item, Exception):
-                status = as_request_error(item).status
-                if not begun:
-                    raise item
-                yield sse(writer.fail(as_request_error(item)))
-                return
-            head = b"" if begun else sse(writer.begin(call.usage.prompt_tokens, call.usage.cached_tokens))
-            begun = True
-            if item is None:
-                yield head + writer.keep_alive
-            elif isinstance(item, Answer):
-                unfinished -= 1
-                yield head + sse(writer.end(item))
-            elif body := head + sse(writer.more(*item)):
-                yield body
-        yield sse(writer.close(call.answers, call.usage))
-        status = 200
-    finally:
-        for task in tasks:
+        for task in (*tasks, gone):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        call.finish(status)
+        await asyncio.gather(*tasks, done, gone, return_exceptions=True)
 
 
-async def _next(queue: "asyncio.Queue[_Item]", call: Call, patience_s: float) -> _Item | None:
-    """What comes next; None after ``patience_s`` without anything; an error once time is up."""
-    left = call.time_left()
-    if left <= 0:
-        return call.overdue()
-    try:
-        async with asyncio.timeout(min(left, patience_s)):
-            return await queue.get()
-    except TimeoutError:
-        return call.overdue() if call.time_left() <= 0 else None
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -36,6 +36,10 @@ class Metrics:
         if engine is not None:
             registry.register(_EngineStats(engine))
 
+    def count(self, dialect: str, status: int) -> None:
+        """One more request that was answered."""
+        self.requests.labels(dialect, str(status)).inc()
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 

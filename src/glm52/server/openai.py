@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
 from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
@@ -22,6 +23,7 @@ from glm52.server.request import (
     Frame,
     Json,
     Sampling,
+    Template,
     ToolChoice,
     Usage,
     sampling,
@@ -235,11 +237,15 @@ class Writer:
         self.request, self.model, self._tokenizer = request, model, tokenizer
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._held: dict[tuple[int, int], Json] = {}
+        self._template = cache(self._make_template)
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.request.n)]
 
     def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
+        match deltas:
+            case [ReasoningDelta(text) | ContentDelta(text)] if self.request.params.logprobs is None:
+                return [(None, self._template(answer.index, isinstance(deltas[0], ReasoningDelta)).filled(text))]
         payloads = [p for d in deltas for p in self._payloads(answer.index, d)]
         if logprobs and self.request.params.logprobs is not None:
             said = logprobs_payload(self._tokenizer, logprobs)
@@ -318,14 +324,21 @@ class Writer:
             case _:
                 return []
 
-    def _chunk(
-        self, index: int, delta: Json, ending: Json | None = None, logprobs: Json | None = None,
+    def _make_template(self, choice: int, is_reasoning: bool) -> Template:
+        kind = ReasoningDelta if is_reasoning else ContentDelta
+        return Template(lambda text: self._data(choice, *self._payloads(choice, kind(text))))
+
+    def _chunk(self, index: int, delta: Json, ending: Json | None = None, **more: Any) -> Frame:
+        return None, self._data(index, delta, ending, **more)
+
+    def _data(
+        self, index: int, delta: Json, ending: Json | None = None, *, logprobs: Json | None = None,
         usage: Usage | None = None,
-    ) -> Frame:  # fmt: skip
+    ) -> Json:  # fmt: skip
         choice: Json = {"index": index, "delta": delta, "finish_reason": None} | (ending or {})
         if logprobs is not None:
             choice["logprobs"] = logprobs
-        return None, self._envelope("chat.completion.chunk") | {"choices": [choice]} | (_usage(usage) if usage else {})
+        return self._envelope("chat.completion.chunk") | {"choices": [choice]} | (_usage(usage) if usage else {})
 
     def _envelope(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -3,7 +3,8 @@
 Null is absent. Fields nobody knows are accepted and listed, so that a response header can name them.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -232,5 +233,17 @@ def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage
 
 # ── What a dialect is ────────────────────────────────────────────────────────────────────────────────────────────
 
-# A server-sent event: its name, or None where the dialect names none, and its data.
+# A server-sent event: its name, or None where the dialect names none, and its data, encoded or not.
 Frame = tuple[str | None, Json | str]
+encoded = json.JSONEncoder(ensure_ascii=False).encode
+_HOLE = "\ufdd0"  # no text has it: Unicode keeps it for uses like this
+
+
+class Template:
+    """The data of events that differ in one text, encoded but for that. make: the data around a text."""
+
+    def __init__(self, make: Callable[[str], Json]) -> None:
+        self._around = encoded(make(_HOLE)).split(encoded(_HOLE))
+
+    def filled(self, text: str) -> str:
+        return encoded(text).join(self._around)
