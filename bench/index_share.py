@@ -69,12 +69,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {}
-    for name, kinds in (("shared", ("full", *["shared"] * 3)), ("own", ("full",) * 4)):
+    results: dict[str, tuple[float, float]] = {}
+    at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for name, kinds in (("shared", ("full", *["shared"] * 3)), ("own", ("full",) * 4)) * 2:  # in turn
         model = random_group(kinds, args.threads)
         gc.collect()
         seconds, scan, cache_bytes = step_seconds(model, args.context, args.steps)
-        results[name] = (seconds, scan)
+        results[name] = min(results.get(name, (seconds, scan)), (seconds, scan))
         print(f"{name:<7} {seconds * 1e3:8.1f} ms a token, {scan * 1e3:8.1f} ms of it searching; cache "
               f"{cache_bytes / 1e9:.2f} GB", flush=True)  # fmt: skip
         config = model.config
@@ -88,8 +89,8 @@ def main() -> None:
     computed = (rest + 4 * results["shared"][1]) / (rest + results["shared"][1])
     print(f"sharing makes a token {results['own'][0] / results['shared'][0]:.2f}x faster; computed from the shared run "
           f"{computed:.2f}x")  # fmt: skip
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of the process {used / 1e9:.2f} GB; weights and cache {(weights + cache_bytes) / 1e9:.2f} GB")
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - at_start
+    print(f"peak memory beyond Python's and torch's {at_start / 1e9:.2f} GB: {used / 1e9:.2f} GB; weights and cache {(weights + cache_bytes) / 1e9:.2f} GB")
     finish({"context": args.context, "threads": args.threads, "seconds": results, "peak_bytes": used,
             "weights": weights, "cache": cache_bytes, "bound": bound})  # fmt: skip
 

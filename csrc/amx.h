@@ -226,10 +226,8 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
 // out [BLOCK][TILE][LANES] = the block's panels times a tile of tokens.
 template <class F>
 void product_tiles(const Panels& b, size_t tokens, const bf16* x, float* out, Tiles& tiles) {
-  if (tokens == 1) {
-    const FlushSubnormals flush;
-    return multiply_one<F, BLOCK>(b, x, out);
-  }
+  const FlushSubnormals flush;
+  if (tokens == 1) return multiply_one<F, BLOCK>(b, x, out);
   const bool two = tokens > UNIT;
   tiles.shape(std::min(tokens, UNIT), two ? tokens - UNIT : tokens);
   for (size_t p = 0; p < b.count;) {

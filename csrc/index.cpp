@@ -4,6 +4,7 @@
 // Candidates are kept in a buffer of fixed size, whatever the context's length. Higher scores win, then lower
 // positions.
 #include <algorithm>
+#include <bit>
 
 #include "e4m3.h"
 #include "gemm.h"
@@ -25,9 +26,14 @@ uint64_t ranked(float score, uint32_t position) {
   return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - position);
 }
 
-// Scores of the keys in BLOCK panels, all heads.
+float score_of(uint64_t rank) {
+  const auto bits = static_cast<uint32_t>(rank >> 32);
+  return std::bit_cast<float>(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+// One token's scores of the keys in BLOCK panels, all heads.
 template <class F>
-void score(const IndexArgs& a, const uint8_t* const* panels, float* out, Tiles& tiles) {
+void score(const IndexArgs& a, const IndexQuery& token, const uint8_t* const* panels, float* out, Tiles& tiles) {
   using Activation = typename F::Activation;
   constexpr size_t tile = TILE<Activation>;
   Panels keys = {{}, {}, BLOCK, F::bytes, 0, a.depth / STEP, 0, 0};
@@ -35,12 +41,12 @@ void score(const IndexArgs& a, const uint8_t* const* panels, float* out, Tiles& 
   F16 total[BLOCK];
   for (F16& t : total) t = F16::zero();
   alignas(64) float dots[BLOCK * tile * LANES];
-  const auto* q = static_cast<const Activation*>(a.q);
+  const auto* q = static_cast<const Activation*>(token.q);
   for (size_t x = 0; x < a.heads; x += tile) {
     const size_t live = std::min(tile, a.heads - x);
     product<F>(keys, live, q, dots, tiles);
     for (size_t h = 0; h < live; ++h) {
-      const F16 weight = F16::all(a.weights[x + h]), scale = F16::all(a.scale);
+      const F16 weight = F16::all(token.weights[x + h]), scale = F16::all(a.scale);
       for (size_t p = 0; p < BLOCK; ++p) {
         total[p].fma(weight, F16::max(F16::load(dots + (p * tile + h) * LANES) * scale, F16::zero()));
       }
@@ -55,47 +61,60 @@ void score(const IndexArgs& a, const uint8_t* const* panels, float* out, Tiles& 
   }
 }
 
-// The best ``keep`` of positions [begin, end) into ``best`` (room for 2 * keep + 64), unordered; returns how many.
+// Adds to a token's candidates the scores of positions [at, at + live); when there is no room for another block, all
+// but the best are dropped.
+void keep_best(const float* scores, size_t at, size_t live, size_t keep, IndexQuery& token) {
+  for (size_t p = 0; p < live; p += PANEL) {
+    const size_t end = std::min(p + PANEL, live);
+    bool any = false;
+    for (size_t i = p; i < end; ++i) any |= !(scores[i] < token.floor);
+    if (!any) continue;
+    for (size_t i = p; i < end; ++i) {
+      const uint64_t rank = ranked(scores[i], static_cast<uint32_t>(at + i));
+      if (rank > token.threshold) token.best[token.found++] = rank;
+    }
+  }
+  if (token.found <= 2 * keep) return;
+  std::nth_element(token.best, token.best + keep - 1, token.best + token.found, std::greater<>());
+  token.found = keep;
+  token.threshold = token.best[keep - 1];
+  token.floor = score_of(token.threshold);
+}
+
 template <class F>
-size_t scan(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
-  const size_t room = 2 * a.keep + BLOCK * PANEL, panel_bytes = key_panel_bytes(a.format, a.depth);
+void scan_as(const IndexArgs& a, size_t begin, IndexQuery* queries, size_t count) {
+  const size_t panel_bytes = key_panel_bytes(a.format, a.depth);
   const auto* pool = static_cast<const uint8_t*>(a.keys);
   const auto panel_of = [&](size_t position) {
     const size_t row = static_cast<size_t>(a.table[position / a.page_size]) * a.page_size + position % a.page_size;
     return pool + row / PANEL * panel_bytes;
   };
+  size_t end = 0;
+  for (size_t i = 0; i < count; ++i) end = std::max(end, queries[i].end);
   Tiles tiles;
-  size_t size = 0;
-  uint64_t threshold = 0;
   for (size_t at = begin; at < end; at += BLOCK * PANEL) {
     const uint8_t* panels[BLOCK];
-    for (size_t p = 0; p < BLOCK; ++p) {
-      const size_t position = std::min(at + p * PANEL, (end - 1) / PANEL * PANEL);
-      panels[p] = panel_of(position);
-    }
+    for (size_t p = 0; p < BLOCK; ++p) panels[p] = panel_of(std::min(at + p * PANEL, (end - 1) / PANEL * PANEL));
     if (at + 2 * BLOCK * PANEL <= end) {  // the next block, on its way while this one is scored
       const uint8_t* next = panel_of(at + BLOCK * PANEL);
       for (size_t line = 0; line < BLOCK * panel_bytes; line += 64) __builtin_prefetch(next + line);
     }
-    float scores[BLOCK * PANEL];
-    score<F>(a, panels, scores, tiles);
-    const size_t live = std::min(BLOCK * PANEL, end - at);
-    for (size_t i = 0; i < live; ++i) {
-      const uint64_t rank = ranked(scores[i], static_cast<uint32_t>(at + i));
-      if (rank > threshold) best[size++] = rank;
-    }
-    if (size + BLOCK * PANEL > room) {
-      std::nth_element(best, best + a.keep - 1, best + size, std::greater<>());
-      size = a.keep;
-      threshold = best[a.keep - 1];
+    for (size_t i = 0; i < count; ++i) {
+      if (queries[i].end <= at) continue;
+      float scores[BLOCK * PANEL];
+      score<F>(a, queries[i], panels, scores, tiles);
+      keep_best(scores, at, std::min(BLOCK * PANEL, queries[i].end - at), a.keep, queries[i]);
     }
   }
-  return size;
 }
 
-size_t scan_any(const IndexArgs& a, size_t begin, size_t end, uint64_t* best) {
-  if (a.format == Format::f32) return scan<F32>(a, begin, end, best);
-  return a.format == Format::bf16 ? scan<BF16>(a, begin, end, best) : scan<FP8Keys>(a, begin, end, best);
+void scan(const IndexArgs& a, size_t begin, IndexQuery* queries, size_t count) {
+  if (a.format == Format::f32)
+    scan_as<F32>(a, begin, queries, count);
+  else if (a.format == Format::bf16)
+    scan_as<BF16>(a, begin, queries, count);
+  else
+    scan_as<FP8Keys>(a, begin, queries, count);
 }
 
 template <class T>
@@ -127,6 +146,6 @@ void write_key(const float* x, size_t depth, Format format, void* pool, size_t r
 }  // namespace
 
 extern const Index index;
-const Index index = {scan_any, write_key};
+const Index index = {scan, write_key};
 
 }  // namespace NS

@@ -34,7 +34,8 @@ constexpr size_t HUGE_PAGE = size_t{1} << 21;
 // On a cache line's border; whole huge pages in it are asked for. For ``std::free``.
 inline void* allocate(size_t bytes) {
   const bool huge = bytes >= HUGE_PAGE;
-  void* p = std::aligned_alloc(huge ? HUGE_PAGE : 64, round_up(bytes, 64));
+  const size_t border = huge ? HUGE_PAGE : 64;
+  void* p = std::aligned_alloc(border, round_up(bytes, border));
   if (!p) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
   if (huge) madvise(p, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);

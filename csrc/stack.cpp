@@ -10,6 +10,7 @@
 namespace {
 
 constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
+constexpr size_t NEIGHBOURS = 8;  // tokens whose searches read the keys together
 constexpr size_t SHARED = 32768;  // values to convert from which on threads share the work
 
 size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
@@ -245,69 +246,95 @@ void Stack::queries(const Layer& l, size_t tokens, size_t width) {
 }
 
 void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width) {
-  const Dims& d = dims_;
   const size_t T = b.tokens, G = top_k;
   const int64_t longest = *std::max_element(b.positions, b.positions + T) + 1;
   s.tokens = T;
   s.num_rows = cache.num_rows;
   s.width = std::min(G, static_cast<size_t>(longest));
-  int32_t *ids = s.ids.reserve(T * s.width), *counts = s.counts.reserve(T);
-  // Few tokens share each scan among the threads.
-  const size_t splits = T >= 2 * threads ? 1 : threads;
+  s.ids.reserve(T * s.width), s.counts.reserve(T);
+  // Few tokens share each search among the threads; of many, neighbours read the keys together.
+  const size_t parts = T >= 2 * threads ? 1 : threads, together = parts > 1 ? 1 : std::min(NEIGHBOURS, T / threads);
   const size_t room = static_cast<size_t>(longest) > G ? 2 * G + KEY_BLOCK : 0;
-  uint64_t* best = best_.reserve(T * splits * room);
-  std::vector<size_t> found(T * splits);
-  // relu is homogeneous: both scales, of the dot product and of the heads' weights, may be one.
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d.index_dim * d.index_heads));
-  pool::each(T * splits, 1, threads, [&](size_t begin, size_t end) {
-    static thread_local Buffer<float> tile;
+  uint64_t* best = best_.reserve(T * parts * room);
+  std::vector<size_t> found(T * parts);
+  pool::each(blocks(T, together) * parts, 1, threads, [&](size_t begin, size_t end) {
     for (size_t u = begin; u < end; ++u) {
-      const size_t t = u / splits, part = u % splits, visible = static_cast<size_t>(b.positions[t]) + 1;
-      if (visible <= G) continue;
-      const size_t share = round_up(blocks(visible, splits), KEY_BLOCK);
-      const bool as_float = cache.layout.format == Format::f32;
-      float* q = tile.reserve(table_.gemm.tiled_size(as_float, d.index_heads, d.index_dim));
-      table_.gemm.tile(as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
-                       d.index_heads, d.index_dim, q, 0, table_.gemm.num_tiles(as_float, d.index_heads));
-      const IndexArgs args = {cache.layout.format,
-                              q,
-                              index_w_.data() + t * d.index_heads,
-                              d.index_heads,
-                              d.index_dim,
-                              cache.keys(index),
-                              b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width,
-                              b.page_size,
-                              G,
-                              scale};
-      found[u] = table_.index.scan(args, std::min(part * share, visible), std::min((part + 1) * share, visible),
-                                   best + u * room);
+      const size_t first = u / parts * together, last = std::min(first + together, T);
+      for (size_t t = first, next; t < last; t = next) {
+        for (next = t + 1; next < last && b.seqs[next] == b.seqs[t];) ++next;
+        search(index, b, cache, width, t, next, {u % parts, parts, room, best, found.data()});
+      }
     }
   });
   pool::each(T, 1, threads, [&](size_t begin, size_t end) {
     std::vector<uint64_t> all;
     for (size_t t = begin; t < end; ++t) {
-      const size_t visible = static_cast<size_t>(b.positions[t]) + 1, count = std::min(visible, G);
-      const int32_t* table = b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width;
-      int32_t* out = ids + t * s.width;
-      counts[t] = static_cast<int32_t>(count);
-      if (visible > G) {
-        all.clear();
-        for (size_t u = t * splits; u < (t + 1) * splits; ++u) {
-          all.insert(all.end(), best + u * room, best + u * room + found[u]);
-        }
-        std::nth_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(G) - 1, all.end(), std::greater<>());
-        for (size_t i = 0; i < G; ++i) out[i] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(all[i]));
-        std::sort(out, out + G);
-      } else {
-        for (size_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(i);
-      }
-      for (size_t i = 0; i < count; ++i) {
-        const size_t position = static_cast<size_t>(out[i]);
-        out[i] = static_cast<int32_t>(static_cast<size_t>(table[position / b.page_size]) * b.page_size +
-                                      position % b.page_size);
-      }
+      all.clear();
+      for (size_t u = t * parts; u < (t + 1) * parts; ++u)
+        all.insert(all.end(), best + u * room, best + u * room + found[u]);
+      choose(b, t, all, s);
     }
   });
+}
+
+// Tokens [first, last) of one sequence, those that see more than they select.
+void Stack::search(size_t index, const Batch& b, Cache& cache, size_t width, size_t first, size_t last,
+                   const Search& to) {
+  const Dims& d = dims_;
+  static thread_local Buffer<float> tile;
+  const bool as_float = cache.layout.format == Format::f32;
+  const size_t size = table_.gemm.tiled_size(as_float, d.index_heads, d.index_dim);
+  float* q = tile.reserve(NEIGHBOURS * size);
+  const auto visible = [&](size_t t) { return static_cast<size_t>(b.positions[t]) + 1; };
+  const size_t longest =
+      visible(static_cast<size_t>(std::max_element(b.positions + first, b.positions + last) - b.positions));
+  const size_t share = round_up(blocks(longest, to.parts), KEY_BLOCK), from = to.part * share;
+  IndexQuery queries[NEIGHBOURS];
+  size_t tokens[NEIGHBOURS], count = 0;
+  for (size_t t = first; t < last; ++t) {
+    if (visible(t) <= top_k) continue;
+    table_.gemm.tile(as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
+                     d.index_heads, d.index_dim, q + count * size, 0, table_.gemm.num_tiles(as_float, d.index_heads));
+    tokens[count] = t * to.parts + to.part;
+    queries[count] = {q + count * size, index_w_.data() + t * d.index_heads, std::min(from + share, visible(t)),
+                      to.best + tokens[count] * to.room};
+    ++count;
+  }
+  if (!count) return;
+  // relu is homogeneous: both scales, of the dot product and of the heads' weights, may be one.
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d.index_dim * d.index_heads));
+  const IndexArgs args = {cache.layout.format,
+                          d.index_heads,
+                          d.index_dim,
+                          cache.keys(index),
+                          b.tables + static_cast<size_t>(b.seqs[first]) * b.table_width,
+                          b.page_size,
+                          top_k,
+                          scale};
+  table_.index.scan(args, from, queries, count);
+  for (size_t i = 0; i < count; ++i) to.found[tokens[i]] = queries[i].found;
+}
+
+// The best of the candidates, or all rows where they are no more than that; by position, as rows of the cache.
+void Stack::choose(const Batch& b, size_t t, std::vector<uint64_t>& candidates, Selection& s) {
+  const size_t visible = static_cast<size_t>(b.positions[t]) + 1, count = std::min(visible, top_k);
+  const int32_t* table = b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width;
+  int32_t* out = s.ids.data() + t * s.width;
+  s.counts.data()[t] = static_cast<int32_t>(count);
+  if (visible > top_k) {
+    std::nth_element(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(count) - 1, candidates.end(),
+                     std::greater<>());
+    for (size_t i = 0; i < count; ++i)
+      out[i] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(candidates[i]));
+    std::sort(out, out + count);
+  } else {
+    for (size_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(i);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const size_t position = static_cast<size_t>(out[i]);
+    out[i] =
+        static_cast<int32_t>(static_cast<size_t>(table[position / b.page_size]) * b.page_size + position % b.page_size);
+  }
 }
 
 // Absorbs kv_b_proj into the queries, attends, and brings the latents back to values: o_ [T, H, V].

@@ -135,7 +135,16 @@ class Stack {
   void attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x);
   void latents(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, size_t width);
   void queries(const Layer& l, size_t tokens, size_t width);
+  // One of the parts a search is cut into, and where all leave what they find: best [T * parts, room], found [T *
+  // parts].
+  struct Search {
+    size_t part, parts, room;
+    uint64_t* best;
+    size_t* found;
+  };
   void select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width);
+  void search(size_t index, const Batch& b, Cache& cache, size_t width, size_t first, size_t last, const Search& to);
+  void choose(const Batch& b, size_t t, std::vector<uint64_t>& candidates, Selection& s);
   void attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width);
   void attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out);
   void dense(const Expert& e, size_t tokens, float* x);

@@ -1,6 +1,7 @@
 // What every instruction set offers, as tables of functions, one a family; a caller picks a set when it starts.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -95,11 +96,9 @@ struct Mla {
   void (*write_row)(const float* x, const RowLayout& layout, void* pool, size_t row);
 };
 
-// One token's search: q is tiled with heads in the place of tokens, keys lie in panels of 16 rows.
+// A search among the keys of one sequence, which lie in panels of 16 rows.
 struct IndexArgs {
   Format format;
-  const void* q;
-  const float* weights;
   size_t heads, depth;
   const void* keys;
   const int32_t* table;
@@ -107,10 +106,21 @@ struct IndexArgs {
   float scale;
 };
 
+// One token's part in it: q is tiled with heads in the place of tokens; positions before `end` are visible. `best` has
+// room for 2 * keep + 64: (score, position) in one number, `found` of them, unordered.
+struct IndexQuery {
+  const void* q;
+  const float* weights;
+  size_t end;
+  uint64_t* best;
+  size_t found = 0;
+  uint64_t threshold = 0;   // what is not above it is not among the best
+  float floor = -INFINITY;  // its score
+};
+
 struct Index {
-  // The best `keep` of positions [begin, end), begin a multiple of 64, as (score, position) in one number; unordered.
-  // `best` has room for 2 * keep + 64.
-  size_t (*scan)(const IndexArgs& a, size_t begin, size_t end, uint64_t* best);
+  // The best `keep` of each query's positions from `begin`, a multiple of 64, on. Keys are read once for all queries.
+  void (*scan)(const IndexArgs& a, size_t begin, IndexQuery* queries, size_t count);
   void (*write_key)(const float* x, size_t depth, Format format, void* pool, size_t row);
 };
 

@@ -64,6 +64,14 @@ def test_linear_bits_do_not_depend_on_batch_or_threads(T: int, N: int, D: int, f
     assert torch.equal(native(x, w, 2), alone)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_bits_hold_where_numbers_are_subnormal(fmt: str) -> None:
+    """Matrix units take subnormal numbers for zero; then so does one token alone."""
+    x = random(9, 133) * torch.logspace(-40, -36, 133)
+    w = pack(kernels, [random(20, 133, seed=1)], fmt)
+    assert torch.equal(native(x, w), torch.cat([native(x[t : t + 1].contiguous(), w) for t in range(9)]))
+
+
 def stored(fmt: str, N: int, D: int, group: int, seed: int) -> QTensor:
     """Any values a checkpoint may hold in a format: scales of their own for each group, and for int4z zeros."""
     generator = torch.Generator().manual_seed(seed)
