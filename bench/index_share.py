@@ -90,7 +90,8 @@ def main() -> None:
     print(f"sharing makes a token {results['own'][0] / results['shared'][0]:.2f}x faster; computed from the shared run "
           f"{computed:.2f}x")  # fmt: skip
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - at_start
-    print(f"peak memory beyond Python's and torch's {at_start / 1e9:.2f} GB: {used / 1e9:.2f} GB; weights and cache {(weights + cache_bytes) / 1e9:.2f} GB")
+    print(f"peak memory beyond Python's and torch's {at_start / 1e9:.2f} GB: {used / 1e9:.2f} GB; weights and cache "
+          f"{(weights + cache_bytes) / 1e9:.2f} GB")  # fmt: skip
     finish({"context": args.context, "threads": args.threads, "seconds": results, "peak_bytes": used,
             "weights": weights, "cache": cache_bytes, "bound": bound})  # fmt: skip
 
