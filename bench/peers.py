@@ -223,7 +223,7 @@ def decode(rivals: list[Rival], contexts: list[int], threads: list[int], run: Ru
                     wanted = steps.get((id(r), key), 1)
                     seconds = r.ask("decode", context=context, steps=wanted, threads=count).get("seconds", [])
                     if seconds and turn == 0:  # only to learn how long a step is
-                        steps[id(r), key] = max(1, min(16, int(run.seconds / statistics.median(seconds))))
+                        steps[id(r), key] = max(1, min(100, int(run.seconds / statistics.median(seconds))))
                     elif seconds:
                         r.add(key, seconds)
 

@@ -159,7 +159,10 @@ class Llama:
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         path = self._file(Path(model), fmt, Path(files))
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        # On a CPU with AMX its repacked q8_0 and q4_0 abort with this architecture.
+        params.use_extra_bufts = not (fmt.startswith("q") and "amx_int8" in Path("/proc/cpuinfo").read_text())
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise RuntimeError(f"{path}: llama.cpp does not load it")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
