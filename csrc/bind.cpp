@@ -23,6 +23,9 @@
 #include "stack.h"
 #include "table.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -424,6 +427,9 @@ void set_ends(Stack& s, Array embedding, Array norm, const nb::dict& draft) {
     refuse("layers: expected the first layer and the drafting one to own an indexer");
   }
   s.ends = std::move(e);
+#ifdef __GLIBC__
+  malloc_trim(0);  // all is packed: what that took need not stay with the allocator
+#endif
 }
 
 void forward(Stack& s, Array tokens, Array where, Array tables, size_t page_size, Cache& cache, Output h) {
