@@ -32,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == named:
-            importlib.import_module(module).add_arguments(command)
+            try:
+                importlib.import_module(module).add_arguments(command)
+            except GLMError as error:  # what the environment asks of the kernels
+                command.error(str(error))
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
