@@ -58,11 +58,11 @@ void pack_scales(const Source& s, Matrix& m, size_t p) {
 
 // Pieces smaller than a huge page lie side by side in a few of them; the last to go frees the memory.
 std::shared_ptr<uint8_t> share(size_t bytes) {
-  constexpr size_t TOGETHER = 4 * HUGE_PAGE;
   const auto fresh = [](size_t size) {
     return std::shared_ptr<uint8_t>(static_cast<uint8_t*>(allocate(size)), std::free);
   };
 #ifndef __SANITIZE_ADDRESS__  // which sees the ends of an allocation, not of a piece
+  constexpr size_t TOGETHER = 4 * HUGE_PAGE;
   if (bytes < HUGE_PAGE) {
     static std::mutex one_at_a_time;
     static std::shared_ptr<uint8_t> memory;
