@@ -216,7 +216,5 @@ def test_every_other_instruction_set(isa: str) -> None:
 
 def test_an_unknown_instruction_set_is_named() -> None:
     environment = os.environ | {"GLM52_ISA": "sse9", "PYTHONPATH": str(Path(glm52.__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", "import glm52.ops"], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", "import glm52.ops"], env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "ConfigError" in done.stderr and "base" in done.stderr and "sse9" in done.stderr
