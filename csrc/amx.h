@@ -52,33 +52,26 @@ void decode_panel(const Panels& b, size_t panel, const Extent& e, uint8_t* to) {
   before_tile_loads();
 }
 
-// Sums of P panels for one unit of tokens (P up to 4) or for two (P up to 2).
-template <int P, bool TWO>
+// Sums of a block's panels for one unit of tokens, or of two panels for two units. The intrinsics take tiles as
+// literals, so nothing here can be a loop over them.
+template <bool TWO>
 struct Sums {
-  static_assert(P <= (TWO ? 2 : 4));
-  static void zero() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  static constexpr size_t panels = TWO ? 2 : BLOCK, units = TWO ? 2 : 1;
   // x: a chunk of the tokens, [first or second pairs][tokens][HALF]. ``between(p)`` is called ahead of panel p, for
   // work that goes on while the unit multiplies.
   template <class Between>
   static void add(const Piece& w, const bf16* x, size_t tokens, Between between) {
     if constexpr (TWO) {
-      for (size_t p = 0; p < P; ++p) between(p);
+      for (size_t p = 0; p < panels; ++p) between(p);
       for (size_t half = 0; half < 2; ++half, x += tokens * HALF) {
         _tile_loadd(4, x, 64);
         _tile_loadd(5, x + UNIT * HALF, 64);
         _tile_loadd(6, w.panel[0] + half * w.half, w.stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        if constexpr (P > 1) {
-          _tile_loadd(7, w.panel[1] + half * w.half, w.stride);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        _tile_loadd(7, w.panel[1] + half * w.half, w.stride);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
       }
     } else {
       _tile_loadd(4, x, 64);
@@ -91,46 +84,33 @@ struct Sums {
       load(0);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(0, 5, 7);
-      if constexpr (P > 1) {
-        load(1);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_dpbf16ps(1, 5, 7);
-      }
-      if constexpr (P > 2) {
-        load(2);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(2, 5, 7);
-      }
-      if constexpr (P > 3) {
-        load(3);
-        _tile_dpbf16ps(3, 4, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      load(1);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(1, 5, 7);
+      load(2);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(2, 5, 7);
+      load(3);
+      _tile_dpbf16ps(3, 4, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
-  // To out [P][tokens, `width` apart][LANES].
+  // To out [panels][tokens, `width` apart][LANES].
   static void store(float* out, size_t width) {
-    const auto to = [&](size_t p, size_t unit) { return out + (p * width + unit * UNIT) * LANES; };
-    _tile_stored(0, to(0, 0), 64);
-    if constexpr (TWO) {
-      _tile_stored(1, to(0, 1), 64);
-      if constexpr (P > 1) {
-        _tile_stored(2, to(1, 0), 64);
-        _tile_stored(3, to(1, 1), 64);
-      }
-    } else {
-      if constexpr (P > 1) _tile_stored(1, to(1, 0), 64);
-      if constexpr (P > 2) _tile_stored(2, to(2, 0), 64);
-      if constexpr (P > 3) _tile_stored(3, to(3, 0), 64);
-    }
+    const auto to = [&](size_t sum) { return out + (sum / units * width + sum % units * UNIT) * LANES; };
+    _tile_stored(0, to(0), 64);
+    _tile_stored(1, to(1), 64);
+    _tile_stored(2, to(2), 64);
+    _tile_stored(3, to(3), 64);
   }
 };
 
-// P panels from the block's `first` on. The next piece is decoded while the unit multiplies the one before.
-template <class F, int P, bool TWO>
+// The panels of ``Sums`` from the block's `first` on. The next piece is decoded while the unit multiplies the one
+// before.
+template <class F, bool TWO>
 void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x, float* out) {
-  using S = Sums<P, TWO>;
-  constexpr size_t width = TILE<bf16>, units = TWO ? 2 : 1, panel_size = 2 * CHUNK_STEPS * 64;
+  using S = Sums<TWO>;
+  constexpr size_t P = S::panels, width = TILE<bf16>, own = S::units * UNIT, panel_size = 2 * CHUNK_STEPS * 64;
   alignas(64) uint8_t scratch[2][P * panel_size];
   size_t turn = 0;
   const auto as_is = [&](const Extent& e) { return F::format == Format::bf16 && e.end - e.begin == CHUNK_STEPS; };
@@ -147,22 +127,22 @@ void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x,
   };
   Extent now = piece_at<F>(b, 0, 0);
   for (size_t p = 0; p < P; ++p) decode(now, p);
-  S::zero();
+  zero_sums();
   while (now.begin < b.steps) {
     const Piece piece = piece_of(now);
     const Extent next = piece_at<F>(b, now.end, now.group + now.closes);
     ++turn;
     S::add(piece, x + now.begin / CHUNK_STEPS * CHUNK * tokens, tokens, [&](size_t p) { decode(next, p); });
     if (F::scaled && now.closes) {
-      alignas(64) float sums[P * units * UNIT * LANES];
-      S::store(sums, units * UNIT);
-      S::zero();
+      alignas(64) float sums[P * own * LANES];
+      S::store(sums, own);
+      zero_sums();
       for (size_t p = 0; p < P; ++p) {
         const F16 scale = F16::load(b.scale[first + p] + now.group * b.scale_stride);
         for (size_t t = 0; t < tokens; ++t) {
           float* to = out + (p * width + t) * LANES;
           F16 total = now.group ? F16::load(to) : F16::zero();
-          total.fma(F16::load(sums + (p * units * UNIT + t) * LANES), scale);
+          total.fma(F16::load(sums + (p * own + t) * LANES), scale);
           total.store(to);
         }
       }
@@ -175,7 +155,7 @@ void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x,
 // As the unit takes subnormal numbers: for zero, in what goes in and in what comes out.
 class FlushSubnormals {
  public:
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | 0x40); }
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
   ~FlushSubnormals() { _mm_setcsr(before_); }
 
  private:
@@ -188,16 +168,15 @@ inline F16 odd(Pairs x) {
 }
 
 // One token by the unit's sums, bit for bit, in vectors: to decode and store weights for the unit takes longer.
-template <class F, int P>
+template <class F>
 void multiply_one(const Panels& b, const bf16* x, float* out) {
+  constexpr size_t P = BLOCK;
   const uint8_t* panel[P];
   const float* scale[P];
   F16 sums[P], totals[P];
-  for (size_t p = 0; p < P; ++p) {
-    panel[p] = b.panel[std::min(p, b.count - 1)];
-    scale[p] = b.scale[std::min(p, b.count - 1)];
-    sums[p] = totals[p] = F16::zero();
-  }
+  std::copy_n(b.panel, P, panel);
+  std::copy_n(b.scale, P, scale);
+  for (size_t p = 0; p < P; ++p) sums[p] = totals[p] = F16::zero();
   for (Extent e = piece_at<F>(b, 0, 0); e.begin < b.steps; e = piece_at<F>(b, e.end, e.group + e.closes)) {
     F16 chains[2][2][P];  // of the first or second pairs, of even or odd values
     for (size_t c = 0; c < 4 * P; ++c) chains[c / 2 / P][c / P % 2][c % P] = F16::zero();
@@ -205,7 +184,7 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
     for (size_t s = e.begin; s < e.end; ++s, at += 2) {
       if (b.ahead) prefetch<P * F::bytes>(panel[0] + s * b.stride + b.ahead);
       const Pairs values[2] = {Pairs::all(at), Pairs::all(at + HALF)};
-      for (int p = 0; p < P; ++p) {
+      for (size_t p = 0; p < P; ++p) {
         const Step w = load_step<F>(panel[p] + s * b.stride, scale[p] + e.group * b.scale_stride);
         for (int half = 0; half < 2; ++half) {
           chains[half][0][p].fma(even(values[half]), even(w.pairs[half]));
@@ -213,7 +192,7 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
         }
       }
     }
-    for (int p = 0; p < P; ++p) {
+    for (size_t p = 0; p < P; ++p) {
       for (const auto& chain : chains) sums[p] = sums[p] + (chain[0][p] + chain[1][p]);
       if (!F::scaled || !e.closes) continue;
       totals[p].fma(sums[p], F16::load(scale[p] + e.group * b.scale_stride));
@@ -227,29 +206,11 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
 template <class F>
 void product_tiles(const Panels& b, size_t tokens, const bf16* x, float* out, Tiles& tiles) {
   const FlushSubnormals flush;
-  if (tokens == 1) return multiply_one<F, BLOCK>(b, x, out);
+  if (tokens == 1) return multiply_one<F>(b, x, out);
   const bool two = tokens > UNIT;
   tiles.shape(std::min(tokens, UNIT), two ? tokens - UNIT : tokens);
-  for (size_t p = 0; p < b.count;) {
-    float* to = out + p * TILE<bf16> * LANES;
-    const size_t left = b.count - p;
-    if (two && left > 1) {
-      multiply_tiles<F, 2, true>(b, p, tokens, x, to);
-      p += 2;
-    } else if (two) {
-      multiply_tiles<F, 1, true>(b, p, tokens, x, to);
-      p += 1;
-    } else if (left > 3) {
-      multiply_tiles<F, 4, false>(b, p, tokens, x, to);
-      p += 4;
-    } else if (left > 1) {
-      multiply_tiles<F, 2, false>(b, p, tokens, x, to);
-      p += 2;
-    } else {
-      multiply_tiles<F, 1, false>(b, p, tokens, x, to);
-      p += 1;
-    }
-  }
+  if (!two) return multiply_tiles<F, false>(b, 0, tokens, x, out);
+  for (size_t p = 0; p < b.count; p += 2) multiply_tiles<F, true>(b, p, tokens, x, out + p * TILE<bf16> * LANES);
 }
 
 }  // namespace NS

@@ -17,9 +17,10 @@ struct Results {
 
 Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t stride, size_t ahead) {
   Panels b = {{}, {}, w.block_panels(first), stride, w.scale_stride(first), w.steps(), w.group, ahead};
-  for (size_t p = 0; p < b.count; ++p) {
-    b.panel[p] = data + p * (stride / b.count);
-    b.scale[p] = w.group ? w.scales.get() + w.scale_at(first + p) : nullptr;
+  for (size_t p = 0; p < BLOCK; ++p) {
+    const size_t mine = std::min(p, b.count - 1);
+    b.panel[p] = data + mine * (stride / b.count);
+    b.scale[p] = w.group ? w.scales.get() + w.scale_at(first + mine) : nullptr;
   }
   return b;
 }

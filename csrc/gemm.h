@@ -12,17 +12,14 @@
 namespace NS {
 
 // out[p][t] = sum over k of panel `first + p` [row, k] * x[k, t], one row in each lane. k runs upwards in one chain for
-// each element, whatever P and T are; formats with scales close a chain at the end of every group. A panel missing at
-// the end is stood in for by the last.
+// each element, whatever P and T are; formats with scales close a chain at the end of every group.
 template <class F, int P, int T>
 inline void multiply(const Panels& b, size_t first, const typename F::Activation* x, F16 (&out)[P][T]) {
   const size_t stride = b.stride, scale_stride = b.scale_stride, steps = b.steps;
   const uint8_t* panel[P];
   const float* scale[P];
-  for (size_t p = 0; p < P; ++p) {
-    panel[p] = b.panel[std::min(first + p, b.count - 1)];
-    scale[p] = b.scale[std::min(first + p, b.count - 1)];
-  }
+  std::copy_n(b.panel + first, P, panel);
+  std::copy_n(b.scale + first, P, scale);
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }

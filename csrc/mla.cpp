@@ -273,10 +273,7 @@ void pair_rows(const MlaArgs& a, size_t c, size_t blocks, bf16* to) {
 
 // Sixteen heads at most; the columns' halves are those of ``pair_rows``.
 void mix_tile(const bf16* p, size_t padded, const bf16* paired, size_t blocks, float (&sums)[4][UNIT * UNIT]) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (size_t i = 0; i < padded; i += PIECE, paired += 2 * blocks * TILE_VALUES) {
     _tile_loadd(4, p + i, padded * sizeof(bf16));
     _tile_loadd(6, paired, 64);

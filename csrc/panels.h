@@ -11,8 +11,9 @@
 
 namespace NS {
 
-// Up to four panels of weights or of keys; `stride` bytes lie between two steps of a panel, `scale_stride` floats
-// between the scales of two groups. `ahead` bytes on is what will be read soon; 0 where that is not known.
+// A block of weights or of keys: `count` panels, the last of which stands in for those missing; `stride` bytes lie
+// between two steps of a panel, `scale_stride` floats between the scales of two groups. `ahead` bytes on is what will
+// be read soon; 0 where that is not known.
 struct Panels {
   const uint8_t* panel[BLOCK];
   const float* scale[BLOCK];

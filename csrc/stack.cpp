@@ -394,7 +394,8 @@ void Stack::attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out) 
   }
   float* scores = to.scores.reserve(a.heads * padded);
   const Softened s = {to.probabilities.reserve(a.heads * padded), to.inverse.reserve(a.heads)};
-  pool::each(padded / SCORE_PAD, 1, threads,
+  const size_t pieces = padded / SCORE_PAD;  // one stretch for each thread, which prepares the queries for it
+  pool::each(pieces, blocks(pieces, threads), threads,
              [&](size_t begin, size_t end) { table_.mla.score(a, begin * SCORE_PAD, end * SCORE_PAD, scores); });
   pool::each(a.heads, 1, threads, [&](size_t begin, size_t end) { table_.mla.soften(a, begin, end, scores, s); });
   const size_t width = round_up(a.layout.latent, ROW_PAD), unit = 2 * ROW_PAD;

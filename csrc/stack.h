@@ -135,8 +135,7 @@ class Stack {
   void attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x);
   void latents(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, size_t width);
   void queries(const Layer& l, size_t tokens, size_t width);
-  // One of the parts a search is cut into, and where all leave what they find: best [T * parts, room], found [T *
-  // parts].
+  // One of the parts that a search is cut into, and where all leave what they find, [T * parts, room] and [T * parts].
   struct Search {
     size_t part, parts, room;
     uint64_t* best;

@@ -13,6 +13,13 @@ constexpr size_t UNIT = 16;  // rows of a tile: the tokens of one instruction
 // What was written before is there for the tiles that are loaded after.
 inline void before_tile_loads() { asm volatile("" ::: "memory"); }
 
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 // Shapes of the eight tiles: sums 0 to 3, tokens 4 and 5, weights 6 and 7. Others may use the unit between two calls of
 // a kernel, so each call has its own and sets it anew; within one call setting what is set costs nothing.
 class Tiles {
