@@ -1,6 +1,6 @@
 // Products of bfloat16 by the matrix unit (AMX): sixteen tokens, sixteen rows of weights and 32 values an instruction.
 //
-// A piece is what lies in one stretch of CHUNK values and in one group of scales. Its first pairs (values 0 and 1 of
+// A piece is an ``Extent`` of CHUNK values at most. Its first pairs (values 0 and 1 of
 // each step) make one instruction, its second pairs another. The unit adds values with even and with odd index in two
 // chains from zero, then their sum to what was there: bits depend neither on the tokens beside nor on the tiling.
 #pragma once
@@ -22,30 +22,16 @@ struct Piece {
   size_t stride, half;
 };
 
-// Where a piece begins and ends, in steps, and the group it lies in.
-struct Extent {
-  size_t begin, end, group;
-  bool closes;  // its group
-};
-
-template <class F>
-Extent piece_at(const Panels& b, size_t begin, size_t group) {
-  const size_t in_group = F::scaled ? b.group / STEP : b.steps, close = std::min((group + 1) * in_group, b.steps);
-  const size_t end = std::min((begin / CHUNK_STEPS + 1) * CHUNK_STEPS, close);
-  return {begin, end, group, end == close};
-}
-
 // A panel's part of a piece decoded to [first or second pairs][CHUNK_STEPS][64 bytes]; the rest of its chunk is zero.
 template <class F>
 void decode_panel(const Panels& b, size_t panel, const Extent& e, uint8_t* to) {
   constexpr size_t half = CHUNK_STEPS * 64;
   if (e.end - e.begin < CHUNK_STEPS) std::memset(to, 0, 2 * half);
-  const float* scales = b.scale[panel] + e.group * b.scale_stride;
   const uint8_t* from = b.panel[panel] + e.begin * b.stride;
   to += e.begin % CHUNK_STEPS * 64;
   for (size_t s = e.begin; s < e.end; ++s, from += b.stride, to += 64) {
     if (b.ahead) prefetch<F::bytes>(from + b.ahead);
-    const Step step = load_step<F>(from, scales);
+    const Step step = F::load(from);
     _mm512_store_si512(to, step.pairs[0].v);
     _mm512_store_si512(to + half, step.pairs[1].v);
   }
@@ -125,12 +111,12 @@ void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x,
     if (!as_is(e)) return decode_panel<F>(b, first + p, e, scratch[turn % 2] + p * panel_size);
     for (size_t s = e.begin; s < e.end && b.ahead; ++s) prefetch<F::bytes>(b.panel[first + p] + s * b.stride + b.ahead);
   };
-  Extent now = piece_at<F>(b, 0, 0);
+  Extent now = extent_at<CHUNK, F>(b, 0, 0);
   for (size_t p = 0; p < P; ++p) decode(now, p);
   zero_sums();
   while (now.begin < b.steps) {
     const Piece piece = piece_of(now);
-    const Extent next = piece_at<F>(b, now.end, now.group + now.closes);
+    const Extent next = extent_at<CHUNK, F>(b, now.end, now.group + now.closes);
     ++turn;
     S::add(piece, x + now.begin / CHUNK_STEPS * CHUNK * tokens, tokens, [&](size_t p) { decode(next, p); });
     if (F::scaled && now.closes) {
@@ -177,7 +163,8 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
   std::copy_n(b.panel, P, panel);
   std::copy_n(b.scale, P, scale);
   for (size_t p = 0; p < P; ++p) sums[p] = totals[p] = F16::zero();
-  for (Extent e = piece_at<F>(b, 0, 0); e.begin < b.steps; e = piece_at<F>(b, e.end, e.group + e.closes)) {
+  for (Extent e = extent_at<CHUNK, F>(b, 0, 0); e.begin < b.steps;
+       e = extent_at<CHUNK, F>(b, e.end, e.group + e.closes)) {
     F16 chains[2][2][P];  // of the first or second pairs, of even or odd values
     for (size_t c = 0; c < 4 * P; ++c) chains[c / 2 / P][c / P % 2][c % P] = F16::zero();
     const bf16* at = x + e.begin / CHUNK_STEPS * CHUNK + e.begin % CHUNK_STEPS * 2;
@@ -185,7 +172,7 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
       if (b.ahead) prefetch<P * F::bytes>(panel[0] + s * b.stride + b.ahead);
       const Pairs values[2] = {Pairs::all(at), Pairs::all(at + HALF)};
       for (size_t p = 0; p < P; ++p) {
-        const Step w = load_step<F>(panel[p] + s * b.stride, scale[p] + e.group * b.scale_stride);
+        const Step w = F::load(panel[p] + s * b.stride);
         for (int half = 0; half < 2; ++half) {
           chains[half][0][p].fma(even(values[half]), even(w.pairs[half]));
           chains[half][1][p].fma(odd(values[half]), odd(w.pairs[half]));

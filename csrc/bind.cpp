@@ -49,7 +49,7 @@ bool has_tiles() {
 #ifdef __linux__
   constexpr long request_permission = 0x1023, tile_data = 18;
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
 #endif
@@ -63,7 +63,7 @@ std::vector<const Table*> supported() {
     tables.push_back(&AVX2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vbmi")) {
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
       tables.push_back(&AVX512);
       if (has_tiles()) tables.push_back(&AMX);
     }
@@ -217,7 +217,8 @@ Weights pack_matrix(const std::string& format, Array w, std::optional<Array> sca
   }
   if (scales) {
     s.group = within("group", group, STEP, LARGE);
-    if (group % STEP) refuse("group: expected a multiple of 4, found " + std::to_string(group));
+    const size_t of = is_integer(s.format) && group < s.depth ? INTEGER_GROUP : STEP;
+    if (group % of) refuse("group: expected a multiple of " + std::to_string(of) + ", found " + std::to_string(group));
     s.scale_rows = within("scale_rows", scale_rows, 1, LARGE);
     const auto shape = {(s.rows + scale_rows - 1) / scale_rows, (s.depth + group - 1) / group};
     s.scales = floats("scales", *scales, shape);
@@ -284,15 +285,6 @@ Expert read_expert(const nb::handle& pair, size_t hidden) {
   return {gate_up, down};
 }
 
-void require_one_kind(const std::vector<Expert>& experts) {
-  const auto is_float = [](const Weights& w) { return w->format == Format::f32; };
-  for (const Expert& e : experts) {
-    if (is_float(e.gate_up) != is_float(experts[0].gate_up) || is_float(e.down) != is_float(experts[0].gate_up)) {
-      refuse("experts: f32 and other formats cannot be mixed in one layer");
-    }
-  }
-}
-
 void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Output y, size_t threads) {
   const float* h = floats("x", x, {ANY, ANY});
   const size_t T = x.shape(0), D = x.shape(1);
@@ -303,7 +295,6 @@ void expert_ffn(Array x, Array ids, Array weights, const nb::list& experts, Outp
   std::vector<Expert> all;
   for (const nb::handle pair : experts) all.push_back(read_expert(pair, D));
   if (all.empty()) refuse("experts: expected at least one, found none");
-  require_one_kind(all);
   some_threads(threads);
   for (size_t i = 0; i < T * K; ++i) {
     if (chosen[i] < 0 || static_cast<size_t>(chosen[i]) >= all.size())
@@ -362,11 +353,6 @@ void add_layer(Stack& s, const nb::dict& l) {
     within("experts_per_token", d.experts_per_token, 1, d.experts);
     for (const nb::handle pair : entry<nb::list>(l, "experts")) out.experts.push_back(read_expert(pair, d.hidden));
     if (out.experts.size() != d.experts) refuse("experts: expected " + std::to_string(d.experts));
-    require_one_kind(out.experts);
-    if (out.dense.gate_up &&
-        (out.dense.gate_up->format == Format::f32) != (out.experts[0].gate_up->format == Format::f32)) {
-      refuse("dense: the shared expert's format does not go with the experts'");
-    }
   } else if (!out.dense.gate_up) {
     refuse("layer: expected a dense MLP or a router with experts");
   }

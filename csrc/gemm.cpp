@@ -15,6 +15,7 @@ struct Results {
   const float* at(size_t panel, size_t token) const { return values + (panel * tile + token) * LANES; }
 };
 
+// Panels whose steps are `stride` bytes apart at data.
 Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t stride, size_t ahead) {
   Panels b = {{}, {}, w.block_panels(first), stride, w.scale_stride(first), w.steps(), w.group, ahead};
   for (size_t p = 0; p < BLOCK; ++p) {
@@ -25,15 +26,25 @@ Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t strid
   return b;
 }
 
-// All steps of a block as bfloat16, their scales left out.
+// All steps of a block decoded, their scales left out.
 template <class F>
 const uint8_t* decode_block(const Matrix& w, size_t first, const uint8_t* data, Buffer<uint8_t>& to) {
-  const size_t count = w.block_panels(first), whole = count * w.steps();
-  auto* out = reinterpret_cast<Step*>(to.reserve(whole * sizeof(Step)));
-  for (size_t s = 0; s < whole; ++s) {
-    const size_t group = s / count / (w.group / STEP);
-    const float* scales = w.scales.get() + w.scale_at(first + s % count) + group * w.scale_stride(first);
-    out[s] = load_step<F>(data + s * F::bytes, scales);
+  using Decoded = typename F::Decoded;
+  constexpr size_t vectors = F::values / Decoded::values;
+  const size_t count = w.block_panels(first), group_steps = (w.group + F::values - 1) / F::values;
+  uint8_t* out = to.reserve(count * w.steps() * vectors * Decoded::bytes);
+  for (size_t s = 0; s < w.steps(); ++s, out += count * vectors * Decoded::bytes) {
+    for (size_t p = 0; p < count; ++p, data += F::bytes) {
+      if constexpr (F::format == Format::fp8) {
+        const Step step = F::load(data);
+        std::memcpy(out + p * sizeof step, &step, sizeof step);
+      } else {
+        const float* scales = w.scales.get() + w.scale_at(first + p) + s / group_steps * w.scale_stride(first);
+        Codes codes[vectors];
+        F::load(data, F::group(scales), codes);
+        for (size_t v = 0; v < vectors; ++v) codes[v].store(out + (v * count + p) * Decoded::bytes);
+      }
+    }
   }
   return to.data();
 }
@@ -49,26 +60,29 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
   for (size_t first = begin; first < end; first += BLOCK) {
     const uint8_t* data = w.data.get() + w.panel_at(first);
     Panels panels = block_of(w, first, data, w.panel_stride(first), AHEAD);
-    const bool wide = F::scaled && tokens > tile;  // several tiles: decode once
-    if constexpr (F::scaled) {
-      if (wide) panels = block_of(w, first, decode_block<F>(w, first, data, decoded), panels.count * sizeof(Step), 0);
-    }
-    const auto* of_tile = static_cast<const Activation*>(x);
+    const auto* of_tile = static_cast<const uint8_t*>(x);
     alignas(64) float results[BLOCK * tile * LANES];
-    for (size_t t = 0; t < tokens; t += tile) {
-      const size_t live = std::min(tile, tokens - t);
-      if constexpr (F::scaled) {
-        if (wide)
-          product<ScaledBF16>(panels, live, of_tile, results, tiles);
-        else
-          product<F>(panels, live, of_tile, results, tiles);
-      } else {
-        product<F>(panels, live, of_tile, results, tiles);
+    const auto each_tile = [&](auto format) {
+      for (size_t t = 0; t < tokens; t += tile) {
+        const size_t live = std::min(tile, tokens - t);
+        product<decltype(format)>(panels, live, of_tile, results, tiles);
+        each(first, panels.count, t, live, Results{results, tile});
+        panels.ahead = 0;  // which has been asked for
+        of_tile += tile_bytes<Activation>(live, w.depth);
       }
-      each(first, panels.count, t, live, Results{results, tile});
-      panels.ahead = 0;  // which has been asked for
-      of_tile += tile_width<Activation>(live) * round_up(w.depth, TILE_DEPTH<Activation>);
+    };
+    using Decoded = typename F::Decoded;
+    if constexpr (!std::is_same_v<Decoded, F>) {
+      if (tokens > tile) {  // several tiles: decode once
+        constexpr size_t vectors = F::values / Decoded::values;
+        data = decode_block<F>(w, first, data, decoded);
+        panels = block_of(w, first, data, panels.count * Decoded::bytes, 0);
+        panels.steps *= vectors;
+        each_tile(Decoded());
+        continue;
+      }
     }
+    each_tile(F());
   }
 }
 
@@ -80,7 +94,6 @@ void walk_any(const Matrix& w, const void* x, size_t tokens, size_t begin, size_
     case Format::bf16:
       return walk<BF16>(w, x, tokens, begin, end, each);
     case Format::int8:
-      if (w.lowest) return walk<INT8Lowest>(w, x, tokens, begin, end, each);
       return walk<INT8>(w, x, tokens, begin, end, each);
     case Format::int4:
       if (w.zeros) return walk<INT4Zeros>(w, x, tokens, begin, end, each);
@@ -152,7 +165,7 @@ void put_row(const T* row, size_t padded, size_t t, size_t width, T* out) {
   }
 }
 
-// One tile of rows x[token[i]] (or x[i]): see TILE.
+// One tile of rows x[token[i]] (or x[i]): see ``tile_bytes``.
 template <class T>
 void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out) {
   static thread_local Buffer<T> scratch;
@@ -167,43 +180,58 @@ void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens,
   }
 }
 
-template <class T>
-size_t tiled_size_as(size_t tokens, size_t depth) {
-  const size_t whole = tokens / TILE<T>, rest = tokens % TILE<T>;
-  return (whole * TILE<T> + (rest ? tile_width<T>(rest) : 0)) * round_up(depth, TILE_DEPTH<T>);
-}
-
-size_t tiled_size(bool as_float, size_t tokens, size_t depth) {
-  return as_float ? tiled_size_as<float>(tokens, depth) : tiled_size_as<bf16>(tokens, depth);
-}
-
-size_t num_tiles(bool as_float, size_t tokens) {
-  const size_t tile = as_float ? TILE<float> : TILE<bf16>;
-  return (tokens + tile - 1) / tile;
-}
-
-template <class T>
-void tiles_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out, size_t begin,
-              size_t end) {
-  for (size_t i = begin; i < end; ++i) {
-    const size_t first = i * TILE<T>, live = std::min(TILE<T>, tokens - first);
-    tile_as(token ? x : x + first * stride, stride, token ? token + first : nullptr, live, depth,
-            out + i * tiled_size_as<T>(TILE<T>, depth));
+void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, Fixed* out) {
+  const FixedTile tile(out, tokens, depth);
+  for (size_t t = 0; t < tokens; ++t) {
+    const float* row = x + (token ? token[t] : t) * stride;
+    for (size_t s = 0; s < tile.stretches; ++s)
+      tile.put(s, t, row + s * STRETCH, std::min(STRETCH, depth - s * STRETCH));
   }
 }
 
+// Calls of(a pointer to what tiles are made of, null).
+template <class Of>
+auto with_rounding(Rounding r, Of of) {
+  switch (r) {
+    case Rounding::f32:
+      return of(static_cast<float*>(nullptr));
+    case Rounding::bf16:
+      return of(static_cast<bf16*>(nullptr));
+    default:
+      return of(static_cast<Fixed*>(nullptr));
+  }
+}
+
+template <class T>
+size_t tiles_bytes(T*, size_t tokens, size_t depth) {
+  const size_t whole = tokens / TILE<T>, rest = tokens % TILE<T>;
+  return whole * tile_bytes<T>(TILE<T>, depth) + (rest ? tile_bytes<T>(rest, depth) : 0);
+}
+
+size_t tiled_bytes(Rounding r, size_t tokens, size_t depth) {
+  return with_rounding(r, [&](auto* kind) { return tiles_bytes(kind, tokens, depth); });
+}
+
+size_t num_tiles(Rounding r, size_t tokens) {
+  return with_rounding(r, [&]<class T>(T*) { return (tokens + TILE<T> - 1) / TILE<T>; });
+}
+
 // Tiles [begin, end) of a product's tokens.
-void tile(bool as_float, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, void* out,
+void tile(Rounding r, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, void* out,
           size_t begin, size_t end) {
-  if (as_float)
-    tiles_as(x, stride, token, tokens, depth, static_cast<float*>(out), begin, end);
-  else
-    tiles_as(x, stride, token, tokens, depth, static_cast<bf16*>(out), begin, end);
+  with_rounding(r, [&]<class T>(T*) {
+    for (size_t i = begin; i < end; ++i) {
+      const size_t first = i * TILE<T>, live = std::min(TILE<T>, tokens - first);
+      auto* to = static_cast<uint8_t*>(out) + i * tile_bytes<T>(TILE<T>, depth);
+      tile_as(token ? x : x + first * stride, stride, token ? token + first : nullptr, live, depth,
+              reinterpret_cast<T*>(to));
+    }
+  });
 }
 
 }  // namespace
 
 extern const Gemm gemm;
-const Gemm gemm = {linear, linear_add, gated, tile, tiled_size, num_tiles};
+const Gemm gemm = {linear, linear_add, gated, tile, tiled_bytes, num_tiles};
 
 }  // namespace NS

@@ -3,10 +3,9 @@
 
 #include <algorithm>
 
-#include "formats.h"
-#include "panels.h"
+#include "fixed.h"
 #if defined(__AMX_BF16__)
-#include "amx.h"
+#include "amx_integers.h"
 #endif
 
 namespace NS {
@@ -44,7 +43,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
         }
       } else {
         Step w[P];
-        for (int p = 0; p < P; ++p) w[p] = load_step<F>(panel[p] + step * stride, scale[p] + g * scale_stride);
+        for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + step * stride);
         for (int half = 0; half < 2; ++half) {
           for (int t = 0; t < T; ++t) {
             const Pairs b = Pairs::all(x + (half * T + t) * 2);
@@ -76,19 +75,10 @@ void product_of(const Panels& b, const typename F::Activation* x, float* out) {
   }
 }
 
-// out [BLOCK][TILE][LANES] = the panels times a tile of tokens.
+// As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
 template <class F>
-void product(const Panels& b, size_t tokens, const typename F::Activation* x, float* out,
-             [[maybe_unused]] Tiles& tiles) {
-  using Activation = typename F::Activation;
-  if constexpr (MATRIX_UNIT<Activation>) {
-#if defined(__AMX_BF16__)
-    product_tiles<F>(b, tokens, x, out, tiles);
-#endif
-    return;
-  }
-  // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
-  switch (tile_width<Activation>(tokens)) {
+void product(const Panels& b, size_t width, const typename F::Activation* x, float* out) {
+  switch (width) {
     case 1:
       return product_of<F, 4, 1>(b, x, out);
     case 2:
@@ -99,6 +89,25 @@ void product(const Panels& b, size_t tokens, const typename F::Activation* x, fl
       return product_of<F, 2, 8>(b, x, out);
     default:
       return product_of<F, 2, 12>(b, x, out);
+  }
+}
+
+// out [BLOCK][TILE][LANES] = the panels times a tile of tokens.
+template <class F>
+void product(const Panels& b, size_t tokens, const void* x, float* out, [[maybe_unused]] Tiles& tiles) {
+  using Activation = typename F::Activation;
+  if constexpr (std::is_same_v<Activation, Fixed>) {
+    const FixedTile tile(x, tokens, b.steps * F::values);
+#if defined(__AMX_INT8__)
+    if (tokens > MOST_BY_VECTORS) return codes_by_tiles<F>(b, tokens, tile, out, tiles);
+#endif
+    by_vectors<F>(b, tile, out);
+  } else if constexpr (MATRIX_UNIT<Activation>) {
+#if defined(__AMX_BF16__)
+    product_tiles<F>(b, tokens, static_cast<const bf16*>(x), out, tiles);
+#endif
+  } else {
+    product<F>(b, tile_width<Activation>(tokens), static_cast<const Activation*>(x), out);
   }
 }
 

@@ -51,7 +51,7 @@ void score(const IndexArgs& a, const IndexQuery& token, const uint8_t* const* pa
         total[p].fma(weight, F16::max(F16::load(dots + (p * tile + h) * LANES) * scale, F16::zero()));
       }
     }
-    q += tile_width<Activation>(live) * round_up(a.depth, TILE_DEPTH<Activation>);
+    q += tile_bytes<Activation>(live, a.depth) / sizeof(Activation);
   }
   for (size_t p = 0; p < BLOCK; ++p) {
     if constexpr (F::format == Format::fp8) {

@@ -1,11 +1,13 @@
 // A weight matrix as the kernels read it, and activations as they take them. Knows layouts, no instruction set.
 //
-// Rows come in panels of 16, one lane each; along a row four values make a step. Four panels make a block, whose steps
-// take turns, so that a block is one stream of memory. A product with one token or with twelve walks it in the same
-// order, and no sum is ever taken across lanes.
+// Rows come in panels of 16, one lane each; along a row four values make a step, in int4 eight. Four panels make a
+// block, whose steps take turns, so that a block is one stream of memory. A product with one token or with twelve walks
+// it in the same order, and no sum is ever taken across lanes.
 //
 //   block:  step 0 of panels 0 1 2 3 | step 1 of panels 0 1 2 3 | ...     (the last block may hold fewer panels)
-//   step:   16 rows x 4 values, in pairs (see formats.h)
+//   step:   bf16, fp8: 16 rows x 4 values, in pairs (see formats.h)
+//           int8: the 4 values of row 0, of row 1, ..., each plus 128
+//           int4: the same with values 0 to 3 in the low and 4 to 7 in the high halves, each plus 8
 //   scales: the same with a group of `group` values in the place of a step; value = scale * what the step decodes to.
 //           Where int4 has zero points, the 16 scales of a group are followed by its 16 zeros as bytes.
 #pragma once
@@ -24,6 +26,7 @@
 
 constexpr size_t PANEL = 16;
 constexpr size_t STEP = 4;
+constexpr size_t INT4_STEP = 2 * STEP;
 constexpr size_t BLOCK = 4;  // panels
 
 inline size_t round_up(size_t n, size_t m) { return (n + m - 1) / m * m; }
@@ -68,31 +71,41 @@ class Buffer {
 
 enum class Format { f32, bf16, int8, int4, fp8 };
 
-// Where value i of a step (in the order of the pairs) lies among the bytes of int8 and fp8: eight values of the first
-// pairs, eight of the second, and so on, so that unpacking needs no shuffle between quarters. int8 keeps sign and
-// magnitude.
+// What a product of weights rounds activations to: floats, bfloat16, or 16-bit integers that share a power of two.
+enum class Rounding { f32, bf16, fixed };
+
+inline bool is_integer(Format f) { return f == Format::int8 || f == Format::int4; }
+inline bool is_scaled(Format f) { return f == Format::fp8 || is_integer(f); }
+inline Rounding rounding_of(Format f) {
+  return f == Format::f32 ? Rounding::f32 : is_integer(f) ? Rounding::fixed : Rounding::bf16;
+}
+
+// Where value i of an fp8 step (in the order of the pairs) lies among its bytes: eight values of the first pairs, eight
+// of the second, and so on, so that unpacking needs no shuffle between quarters.
 constexpr size_t byte_place(size_t i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
 
-// Bytes of one step of a panel.
+// Values and bytes of one step of a panel.
+inline size_t step_values(Format f) { return f == Format::int4 ? INT4_STEP : STEP; }
 inline size_t step_bytes(Format f) {
   const size_t values = PANEL * STEP;
-  return f == Format::f32 ? 4 * values : f == Format::bf16 ? 2 * values : f == Format::int4 ? values / 2 : values;
+  return f == Format::f32 ? 4 * values : f == Format::bf16 ? 2 * values : values;
 }
-// A zero z of int4, -8 to 8, is kept as ZERO_POINT - z.
-constexpr int ZERO_POINT = 8;
-inline bool is_scaled(Format f) { return f != Format::f32 && f != Format::bf16; }
+
+// Integers are kept plus an offset. A zero z of int4, -8 to 8, is kept as ZERO_POINT - z.
+constexpr int INT8_OFFSET = 128, INT4_OFFSET = 8, ZERO_POINT = 8;
+// Groups of integers begin at multiples of this.
+constexpr size_t INTEGER_GROUP = 32;
 
 struct Matrix {
   Format format = Format::f32;
   size_t rows = 0, depth = 0;
-  size_t group = 0;     // values that share a scale; 0 without scales
-  bool zeros = false;   // int4 with a zero point beside each scale
-  bool lowest = false;  // int8 with -128 among its values
+  size_t group = 0;    // values that share a scale; 0 without scales
+  bool zeros = false;  // int4 with a zero point beside each scale
   std::shared_ptr<uint8_t> data;
   std::shared_ptr<float> scales;
 
   size_t panels() const { return (rows + PANEL - 1) / PANEL; }
-  size_t steps() const { return (depth + STEP - 1) / STEP; }
+  size_t steps() const { return (depth + step_values(format) - 1) / step_values(format); }
   size_t groups() const { return group ? (depth + group - 1) / group : 0; }
   size_t panel_bytes() const { return steps() * step_bytes(format); }
   // Panels of the block that panel p belongs to.

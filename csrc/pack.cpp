@@ -9,35 +9,28 @@
 
 namespace {
 
-// Where row r, value k stands in its step: pairs (0, 1) of all rows, then pairs (2, 3); single values for f32.
-size_t place(Format f, size_t r, size_t k) {
-  return f == Format::f32 ? k * PANEL + r : k / 2 * 2 * PANEL + 2 * r + k % 2;
-}
+// Where row r, value k stands in a step of pairs: (0, 1) of all rows, then (2, 3).
+size_t pair_place(size_t r, size_t k) { return k / 2 * 2 * PANEL + 2 * r + k % 2; }
 
 template <class T>
 void pack_panel(const Source& s, Matrix& m, size_t p) {
   uint8_t* out = m.data.get() + m.panel_at(p);
-  const size_t stride = m.panel_stride(p), bytes = step_bytes(m.format);
-  for (size_t step = 0; step < m.steps(); ++step)
-    std::memset(out + step * stride, m.format == Format::int4 ? 0x88 : 0, bytes);
+  const size_t stride = m.panel_stride(p), values = step_values(m.format);
+  for (size_t step = 0; step < m.steps(); ++step) std::memset(out + step * stride, 0, step_bytes(m.format));
   const auto* data = static_cast<const T*>(s.data);
   for (size_t r = 0; r < PANEL && p * PANEL + r < m.rows; ++r) {
     const T* row = data + (p * PANEL + r) * m.depth;
     for (size_t k = 0; k < m.depth; ++k) {
-      uint8_t* step = out + k / STEP * stride;
-      const size_t at = place(m.format, r, k % STEP);
-      if (m.format == Format::int4) {
-        const int shift = at < 32 ? 0 : 4;
-        uint8_t& byte = step[at % 32];
-        byte = static_cast<uint8_t>((byte & ~(15 << shift)) | ((static_cast<int>(row[k]) + 8) & 15) << shift);
-      } else if (m.format == Format::int8) {
-        const int value = static_cast<int>(row[k]);
-        step[byte_place(at)] = static_cast<uint8_t>(value == -128 ? 128 : value < 0 ? 128 - value : value);
-      } else if (m.format == Format::fp8) {
-        step[byte_place(at)] = static_cast<uint8_t>(row[k]);
-      } else {
-        reinterpret_cast<T*>(step)[at] = row[k];
-      }
+      uint8_t* step = out + k / values * stride;
+      uint8_t& byte = step[r * STEP + k % STEP];
+      if (m.format == Format::int4)
+        byte = static_cast<uint8_t>(byte | (static_cast<int>(row[k]) + INT4_OFFSET) << (k % values < STEP ? 0 : 4));
+      else if (m.format == Format::int8)
+        byte = static_cast<uint8_t>(static_cast<int>(row[k]) + INT8_OFFSET);
+      else if (m.format == Format::fp8)
+        step[byte_place(pair_place(r, k % STEP))] = static_cast<uint8_t>(row[k]);
+      else
+        reinterpret_cast<T*>(step)[m.format == Format::f32 ? k % STEP * PANEL + r : pair_place(r, k % STEP)] = row[k];
     }
   }
 }
@@ -89,7 +82,6 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   m->depth = s.depth;
   m->group = is_scaled(s.format) ? s.group : 0;
   m->zeros = s.zeros != nullptr;
-  m->lowest = s.format == Format::int8 && std::memchr(s.data, 0x80, s.rows * s.depth);
   m->data = share(m->panels() * m->panel_bytes());
   if (m->group)
     m->scales =

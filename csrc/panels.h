@@ -1,6 +1,7 @@
 // What a product takes: panels that are multiplied together, and how tokens are tiled for it.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "matrix.h"
@@ -29,9 +30,26 @@ inline void prefetch(const uint8_t* p) {
   for (size_t line = 0; line < BYTES; line += 64) __builtin_prefetch(p + line, 0, 2);
 }
 
+// A part of a row that is summed before anything else happens: steps [begin, end), within one stretch of VALUES and one
+// group of scales.
+struct Extent {
+  size_t begin, end, group;
+  bool closes;  // its group
+};
+
+template <size_t VALUES, class F>
+Extent extent_at(const Panels& b, size_t begin, size_t group) {
+  constexpr size_t whole = VALUES / F::values;
+  const size_t in_group = F::scaled ? (b.group + F::values - 1) / F::values : b.steps;
+  const size_t close = std::min((group + 1) * in_group, b.steps), end = std::min((begin / whole + 1) * whole, close);
+  return {begin, end, group, end == close};
+}
+
+struct Fixed;  // activations as 16-bit integers, see fixed.h
+
 #if defined(__AMX_BF16__)
 template <class Activation>
-constexpr bool MATRIX_UNIT = std::is_same_v<Activation, bf16>;
+constexpr bool MATRIX_UNIT = !std::is_same_v<Activation, float>;
 #else
 template <class>
 constexpr bool MATRIX_UNIT = false;
@@ -40,12 +58,13 @@ struct Tiles {};  // nothing to keep
 
 // Tokens that one pass over a block multiplies at most, and what their depth is padded to.
 template <class Activation>
-constexpr size_t TILE = MATRIX_UNIT<Activation> ? 32 : 12;
+constexpr size_t TILE = MATRIX_UNIT<Activation>             ? 32
+                        : std::is_same_v<Activation, Fixed> ? 8
+                                                            : 12;
 template <class Activation>
 constexpr size_t TILE_DEPTH = MATRIX_UNIT<Activation> ? 64 : STEP;
 
-// Tokens a tile of that many is padded to with zeros. A tile is [depth / 2][tokens][2] in bfloat16, [depth][tokens] in
-// float, and [depth / 64][first or second pairs of steps][tokens][32] for the matrix unit.
+// Tokens a tile of that many is padded to with zeros.
 template <class Activation>
 size_t tile_width(size_t tokens) {
   if (MATRIX_UNIT<Activation>) return tokens;
@@ -54,5 +73,14 @@ size_t tile_width(size_t tokens) {
   }
   return TILE<Activation>;
 }
+
+// Bytes of a tile. It is [depth / 2][tokens][2] in bfloat16, [depth][tokens] in float, and [depth / 64][first or second
+// pairs of steps][tokens][32] for the matrix unit; that of integers is in fixed.h.
+template <class Activation>
+size_t tile_bytes(size_t tokens, size_t depth) {
+  return tile_width<Activation>(tokens) * round_up(depth, TILE_DEPTH<Activation>) * sizeof(Activation);
+}
+template <>
+size_t tile_bytes<Fixed>(size_t tokens, size_t depth);
 
 }  // namespace NS

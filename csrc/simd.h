@@ -82,6 +82,42 @@ struct Pairs {
   }
 };
 
+// Four values of each of sixteen rows, as bytes from 0 to 255.
+struct Codes {
+  __m512i v;
+  static Codes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
+  Codes low_half() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
+  Codes high_half() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
+  friend Codes operator+(Codes a, Codes b) { return {_mm512_add_epi8(a.v, b.v)}; }
+  // A byte for each row.
+  static Codes of_rows(const uint8_t* p) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_mullo_epi32(x, _mm512_set1_epi32(0x01010101))};
+  }
+};
+
+// Where the 16-bit integers of a stretch lie: all high bytes, then all low ones, both signed.
+constexpr bool PLANES = true;
+
+// Sums of codes times 16-bit integers, for each row: exact while they stay within 32 bits.
+struct Dots {
+  __m512i high, low;
+  static Dots zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  // Four integers: their high bytes at x, the low ones `plane` bytes on.
+  void add(Codes w, const uint8_t* x, size_t plane) {
+    int32_t h, l;
+    std::memcpy(&h, x, sizeof h);
+    std::memcpy(&l, x + plane, sizeof l);
+    high = _mm512_dpbusd_epi32(high, w.v, _mm512_set1_epi32(h));
+    low = _mm512_dpbusd_epi32(low, w.v, _mm512_set1_epi32(l));
+  }
+  F16 less(int32_t x) const {
+    const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(all, _mm512_set1_epi32(x)))};
+  }
+};
+
 #elif defined(__AVX2__)
 
 struct F16 {
@@ -138,6 +174,51 @@ struct Pairs {
   static void store_interleaved(F16 low, F16 high, float* p) {
     low.store(p);
     high.store(p + 16);
+  }
+};
+
+struct Codes {
+  __m256i a, b;
+  static Codes load(const uint8_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  void store(uint8_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, b);
+  }
+  static __m256i low_half(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  Codes low_half() const { return {low_half(a), low_half(b)}; }
+  Codes high_half() const { return {low_half(_mm256_srli_epi16(a, 4)), low_half(_mm256_srli_epi16(b, 4))}; }
+  friend Codes operator+(Codes x, Codes y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+  static Codes of_rows(const uint8_t* p) {
+    const auto eight = [](const uint8_t* q) {
+      const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
+      return _mm256_mullo_epi32(x, _mm256_set1_epi32(0x01010101));
+    };
+    return {eight(p), eight(p + 8)};
+  }
+};
+
+constexpr bool PLANES = false;  // integers as they are
+
+struct Dots {
+  __m256i v[4];  // two sums for each of four rows
+  static Dots zero() { return {}; }
+  void add(Codes w, const uint8_t* x, size_t) {
+    int64_t four;
+    std::memcpy(&four, x, sizeof four);
+    const __m256i q = _mm256_set1_epi64x(four);
+    const __m128i rows[4] = {_mm256_castsi256_si128(w.a), _mm256_extracti128_si256(w.a, 1), _mm256_castsi256_si128(w.b),
+                             _mm256_extracti128_si256(w.b, 1)};
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(_mm256_cvtepu8_epi16(rows[i]), q));
+  }
+  F16 less(int32_t x) const {
+    const auto eight = [&](__m256i p, __m256i q) {
+      const __m256i rows = _mm256_permute4x64_epi64(_mm256_hadd_epi32(p, q), 0xd8);
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(rows, _mm256_set1_epi32(x)));
+    };
+    return {eight(v[0], v[1]), eight(v[2], v[3])};
   }
 };
 
@@ -210,6 +291,51 @@ struct Pairs {
   }
 };
 
+struct Codes {
+  uint8_t v[4 * LANES];
+  static Codes load(const uint8_t* p) {
+    Codes out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+  void store(uint8_t* p) const { std::memcpy(p, v, sizeof v); }
+  template <class Each>
+  static Codes make(Each each) {
+    Codes out;
+    for (size_t i = 0; i < 4 * LANES; ++i) out.v[i] = static_cast<uint8_t>(each(i));
+    return out;
+  }
+  Codes low_half() const {
+    return make([&](size_t i) { return v[i] & 15; });
+  }
+  Codes high_half() const {
+    return make([&](size_t i) { return v[i] >> 4; });
+  }
+  friend Codes operator+(const Codes& a, const Codes& b) {
+    return make([&](size_t i) { return a.v[i] + b.v[i]; });
+  }
+  static Codes of_rows(const uint8_t* p) {
+    return make([&](size_t i) { return p[i / 4]; });
+  }
+};
+
+constexpr bool PLANES = false;  // integers as they are
+
+struct Dots {
+  int32_t v[LANES];
+  static Dots zero() { return {}; }
+  void add(const Codes& w, const uint8_t* x, size_t) {
+    int16_t q[4];
+    std::memcpy(q, x, sizeof q);
+    for (size_t i = 0; i < 4 * LANES; ++i) v[i / 4] += w.v[i] * q[i % 4];
+  }
+  F16 less(int32_t x) const {
+    F16 out;
+    for (size_t i = 0; i < LANES; ++i) out.v[i] = static_cast<float>(v[i] - x);
+    return out;
+  }
+};
+
 #endif
 
 // Lanes added pairwise, always in the same order.
@@ -248,6 +374,39 @@ inline void narrow(const float* x, size_t n, bf16* out) {
   }
 #endif
   for (; i < n; ++i) narrow(x[i], out[i]);
+}
+
+// The nearest integers of at most 16 bits to n values times a power of two, the largest that they allow; returns its
+// inverse. Values below 2^-126 are taken for zero; a value that is not finite makes the inverse NaN.
+inline float fix(const float* x, size_t n, int16_t* out) {
+  constexpr float MOST = 32639;  // whose bytes are both within -128 to 127: 127 * 256 + 127
+  uint32_t largest = 0;
+  for (size_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  // The power is 2^(14 - e) where the largest value's exponent is e, half of that if it would then be beyond MOST.
+  const auto power = [](uint32_t biased) {
+    const uint32_t bits = biased << 23;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  };
+  float most;
+  std::memcpy(&most, &largest, sizeof most);
+  uint32_t exponent = largest >> 23 < 15 ? 15 : largest >> 23;
+  const bool finite = exponent < 255;
+  if (finite && most * power(268 - exponent) > MOST) ++exponent;
+  const float scale = finite ? power(268 - exponent) : 0.0f;
+  for (size_t i = 0; i < n; ++i) {
+    const float shifted = x[i] * scale + 12582912.0f;  // 1.5 * 2^23: the nearest integer ends in the low bits
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    out[i] = static_cast<int16_t>(bits & 0xffffu);
+  }
+  return finite ? power(exponent - 14) : most - most;
 }
 
 // e^x within 2 ulp for x in [-87, 88]; below that 0, above it clamped. Branch-free, so that loops over it vectorise.

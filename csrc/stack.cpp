@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
 constexpr size_t NEIGHBOURS = 8;  // tokens whose searches read the keys together
-constexpr size_t SHARED = 32768;  // values to convert from which on threads share the work
+constexpr size_t SHARED = 65536;  // bytes of activations from which on threads share the rounding
 
 size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
 
@@ -53,11 +53,12 @@ void Stack::norm(const Vector& w, const float* x, size_t tokens, float* out) {
   });
 }
 
-const void* Stack::tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to) {
-  const bool as_float = w.format == Format::f32;
-  float* out = to.reserve(table_.gemm.tiled_size(as_float, tokens, w.depth));
-  pool::each(table_.gemm.num_tiles(as_float, tokens), 1, threads, [&](size_t begin, size_t end) {
-    table_.gemm.tile(as_float, x, stride, nullptr, tokens, w.depth, out, begin, end);
+// Rows x as w takes them, until the next that are rounded so.
+const void* Stack::tiled(const Matrix& w, const float* x, size_t stride, size_t tokens) {
+  const Rounding r = rounding_of(w.format);
+  uint8_t* out = tiles_[static_cast<size_t>(r)].reserve(table_.gemm.tiled_bytes(r, tokens, w.depth));
+  pool::each(table_.gemm.num_tiles(r, tokens), 1, threads, [&](size_t begin, size_t end) {
+    table_.gemm.tile(r, x, stride, nullptr, tokens, w.depth, out, begin, end);
   });
   return out;
 }
@@ -80,19 +81,23 @@ void Stack::products(const std::vector<Product>& list, size_t tokens) {
   });
 }
 
-// Products of matrices that stand one below the other.
-std::vector<Stack::Product> Stack::below(const std::vector<Weights>& all, const void* x, float* y) {
+// Products of x with matrices that stand one below the other.
+std::vector<Stack::Product> Stack::below(const std::vector<Weights>& all, const float* x, size_t x_stride,
+                                         size_t tokens, float* y) {
   const size_t stride = total_rows(all);
+  const void* tiles[3] = {};
   std::vector<Product> list;
   for (const Weights& w : all) {
-    list.push_back({w.get(), x, y, stride});
+    const void*& tile = tiles[static_cast<size_t>(rounding_of(w->format))];
+    if (!tile) tile = tiled(*w, x, x_stride, tokens);
+    list.push_back({w.get(), tile, y, stride});
     y += w->rows;
   }
   return list;
 }
 
 void Stack::linear(const Matrix& w, const float* x, size_t stride, size_t tokens, float* y, size_t y_stride) {
-  products({{&w, tiled(w, x, stride, tokens, tile_h_), y, y_stride}}, tokens);
+  products({{&w, tiled(w, x, stride, tokens), y, y_stride}}, tokens);
 }
 
 // Angles in fp64: position * frequency in fp32 is off by hundredths of a radian near a million.
@@ -179,17 +184,15 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
   float* h = h_.reserve(T * D);
   norm(l.input_norm, x, T, h);
   const size_t a_width = total_rows(l.a), q_width = total_rows(l.q);
-  const void* tile = tiled(*l.a[0], h, D, T, tile_h_);
-  std::vector<Product> from_hidden = below(l.a, tile, a_.reserve(T * a_width));
+  std::vector<Product> from_hidden = below(l.a, h, D, T, a_.reserve(T * a_width));
   const bool selects = l.index_weights && write;
   if (selects) {
-    const void* wide = l.a[0]->format == Format::f32 ? tile : tiled(*l.index_weights, h, D, T, tile_h32_);
-    from_hidden.push_back({l.index_weights.get(), wide, index_w_.reserve(T * dims_.index_heads), dims_.index_heads});
+    const void* tile = tiled(*l.index_weights, h, D, T);
+    from_hidden.push_back({l.index_weights.get(), tile, index_w_.reserve(T * dims_.index_heads), dims_.index_heads});
   }
   products(from_hidden, T);
   latents(l, index, b, cache, write, a_width);
-  const void* query = tiled(*l.q[0], q_latent_.data(), dims_.query_rank, T, tile_q_);
-  products(below(l.q, query, q_.reserve(T * q_width)), T);
+  products(below(l.q, q_latent_.data(), dims_.query_rank, T, q_.reserve(T * q_width)), T);
   queries(l, T, q_width);
   if (selects) {
     const auto began = std::chrono::steady_clock::now();
@@ -197,7 +200,7 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
     select_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
   attend(l, index, b, cache, s, q_width);
-  const void* o = tiled(*l.o, o_.data(), H * dims_.value, T, tile_o_);
+  const void* o = tiled(*l.o, o_.data(), H * dims_.value, T);
   pool::each(blocks(l.o->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
     table_.gemm.linear_add(*l.o, o, T, nullptr, nullptr, x, D, begin * BLOCK, std::min(end * BLOCK, l.o->panels()));
   });
@@ -281,10 +284,10 @@ void Stack::select(size_t index, const Batch& b, Cache& cache, Selection& s, siz
 void Stack::search(size_t index, const Batch& b, Cache& cache, size_t width, size_t first, size_t last,
                    const Search& to) {
   const Dims& d = dims_;
-  static thread_local Buffer<float> tile;
-  const bool as_float = cache.layout.format == Format::f32;
-  const size_t size = table_.gemm.tiled_size(as_float, d.index_heads, d.index_dim);
-  float* q = tile.reserve(NEIGHBOURS * size);
+  static thread_local Buffer<uint8_t> tile;
+  const Rounding r = rounding_of(cache.layout.format);
+  const size_t size = table_.gemm.tiled_bytes(r, d.index_heads, d.index_dim);
+  uint8_t* q = tile.reserve(NEIGHBOURS * size);
   const auto visible = [&](size_t t) { return static_cast<size_t>(b.positions[t]) + 1; };
   const size_t longest =
       visible(static_cast<size_t>(std::max_element(b.positions + first, b.positions + last) - b.positions));
@@ -293,8 +296,8 @@ void Stack::search(size_t index, const Batch& b, Cache& cache, size_t width, siz
   size_t tokens[NEIGHBOURS], count = 0;
   for (size_t t = first; t < last; ++t) {
     if (visible(t) <= top_k) continue;
-    table_.gemm.tile(as_float, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr,
-                     d.index_heads, d.index_dim, q + count * size, 0, table_.gemm.num_tiles(as_float, d.index_heads));
+    table_.gemm.tile(r, q_.data() + t * width + d.heads * (d.nope + d.rotary), d.index_dim, nullptr, d.index_heads,
+                     d.index_dim, q + count * size, 0, table_.gemm.num_tiles(r, d.index_heads));
     tokens[count] = t * to.parts + to.part;
     queries[count] = {q + count * size, index_w_.data() + t * d.index_heads, std::min(from + share, visible(t)),
                       to.best + tokens[count] * to.room};
@@ -347,13 +350,12 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
   const auto per_head = [&](const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride,
                             float* y, size_t y_head) {
     pool::each(H, 1, threads, [&](size_t begin, size_t end) {
-      static thread_local Buffer<float> tile;
+      static thread_local Buffer<uint8_t> tile;
       for (size_t i = begin; i < end; ++i) {
         const Matrix& w = *weights[i];
-        const bool as_float = w.format == Format::f32;
-        float* tiles = tile.reserve(table_.gemm.tiled_size(as_float, T, w.depth));
-        table_.gemm.tile(as_float, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0,
-                         table_.gemm.num_tiles(as_float, T));
+        const Rounding r = rounding_of(w.format);
+        uint8_t* tiles = tile.reserve(table_.gemm.tiled_bytes(r, T, w.depth));
+        table_.gemm.tile(r, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0, table_.gemm.num_tiles(r, T));
         table_.gemm.linear(w, tiles, T, y + i * y_head, H * y_head, 0, w.panels());
       }
     });
@@ -406,12 +408,12 @@ void Stack::attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out) 
 // The dense MLP of h_ added to x.
 void Stack::dense(const Expert& e, size_t T, float* x) {
   const size_t D = dims_.hidden, pairs = e.gate_up->panels() / 2, F = pairs * PANEL;
-  const void* tile = tiled(*e.gate_up, h_.data(), D, T, tile_h_);
+  const void* tile = tiled(*e.gate_up, h_.data(), D, T);
   float* hidden = hidden_.reserve(T * F);
   pool::each(blocks(pairs, 2), 1, threads, [&](size_t begin, size_t end) {
     table_.gemm.gated(*e.gate_up, tile, T, hidden, F, begin * 2, std::min(end * 2, pairs));
   });
-  const void* down = tiled(*e.down, hidden, F, T, tile_hidden_);
+  const void* down = tiled(*e.down, hidden, F, T);
   pool::each(blocks(e.down->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
     table_.gemm.linear_add(*e.down, down, T, nullptr, nullptr, x, D, begin * BLOCK,
                            std::min(end * BLOCK, e.down->panels()));
@@ -422,7 +424,7 @@ void Stack::sparse(const Layer& l, size_t T, float* x) {
   const Dims& d = dims_;
   const size_t E = d.experts, K = d.experts_per_token;
   float *logits = logits_.reserve(T * E), *weights = weights_.reserve(T * K);
-  products({{l.router.get(), tiled(*l.router, h_.data(), d.hidden, T, tile_h32_), logits, E}}, T);
+  products({{l.router.get(), tiled(*l.router, h_.data(), d.hidden, T), logits, E}}, T);
   int32_t* ids = ids_.reserve(T * K);
   pool::each(T, 16, threads, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
@@ -454,11 +456,10 @@ void Stack::group(const std::vector<Expert>& all, const Expert& shared, size_t T
   size_t hidden = 0, in = 0, out = 0, blocks_before = 0;
   const auto add = [&](const Expert& e, const int32_t* tokens, const float* w, size_t n) {
     const size_t F = e.gate_up->panels() / 2 * PANEL;
-    const bool as_float = e.gate_up->format == Format::f32;
     items_.push_back({&e, tokens, w, n, F, hidden, in, out, blocks_before});
     hidden += n * F;
-    in += table_.gemm.tiled_size(as_float, n, e.gate_up->depth);
-    out += table_.gemm.tiled_size(as_float, n, e.down->depth);
+    in += table_.gemm.tiled_bytes(rounding_of(e.gate_up->format), n, e.gate_up->depth);
+    out += table_.gemm.tiled_bytes(rounding_of(e.down->format), n, e.down->depth);
     blocks_before += blocks(F / PANEL, 2);
   };
   if (shared.gate_up) add(shared, nullptr, nullptr, T);
@@ -473,10 +474,7 @@ void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t
                     const float* weights, const float* h, float* x) {
   group(all, shared, T, K, ids, weights);
   const size_t count = items_.size() - 1, D = items_[0].expert->gate_up->depth;
-  const bool as_float = items_[0].expert->gate_up->format == Format::f32;
-  const size_t value = as_float ? sizeof(float) : 2;
-  auto* in = reinterpret_cast<uint8_t*>(tile_h_.reserve(items_.back().in));
-  auto* out = reinterpret_cast<uint8_t*>(tile_hidden_.reserve(items_.back().out));
+  uint8_t *in = expert_in_.reserve(items_.back().in), *out = expert_out_.reserve(items_.back().out);
   float* hidden = hidden_.reserve(items_.back().hidden);
   const size_t chunk = items_.back().in + items_.back().out < SHARED ? count : 1;
   const auto each_item = [&](auto work) {
@@ -485,27 +483,29 @@ void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t
     });
   };
   each_item([&](const Item& m) {
-    table_.gemm.tile(as_float, h, D, m.token, m.tokens, D, in + m.in * value, 0,
-                     table_.gemm.num_tiles(as_float, m.tokens));
+    const Rounding r = rounding_of(m.expert->gate_up->format);
+    table_.gemm.tile(r, h, D, m.token, m.tokens, D, in + m.in, 0, table_.gemm.num_tiles(r, m.tokens));
   });
   pool::each(items_.back().first_block, 2, threads, [&](size_t begin, size_t end) {
     for (size_t i = 0; i < count; ++i) {
       const Item& m = items_[i];
       const size_t from = std::max(begin, m.first_block), to = std::min(end, items_[i + 1].first_block);
       if (from >= to) continue;
-      table_.gemm.gated(*m.expert->gate_up, in + m.in * value, m.tokens, hidden + m.hidden, m.F,
-                        2 * (from - m.first_block), std::min(2 * (to - m.first_block), m.F / PANEL));
+      table_.gemm.gated(*m.expert->gate_up, in + m.in, m.tokens, hidden + m.hidden, m.F, 2 * (from - m.first_block),
+                        std::min(2 * (to - m.first_block), m.F / PANEL));
     }
   });
   each_item([&](const Item& m) {
-    table_.gemm.tile(as_float, hidden + m.hidden, m.F, nullptr, m.tokens, m.expert->down->depth, out + m.out * value, 0,
-                     table_.gemm.num_tiles(as_float, m.tokens));
+    const Matrix& down = *m.expert->down;
+    const Rounding r = rounding_of(down.format);
+    table_.gemm.tile(r, hidden + m.hidden, m.F, nullptr, m.tokens, down.depth, out + m.out, 0,
+                     table_.gemm.num_tiles(r, m.tokens));
   });
   const size_t panels = items_[0].expert->down->panels();
   pool::each(blocks(panels, BLOCK), 1, threads, [&](size_t begin, size_t end) {
     for (size_t i = 0; i < count; ++i) {
       const Item& m = items_[i];
-      table_.gemm.linear_add(*m.expert->down, out + m.out * value, m.tokens, m.token, m.weight, x, D, begin * BLOCK,
+      table_.gemm.linear_add(*m.expert->down, out + m.out, m.tokens, m.token, m.weight, x, D, begin * BLOCK,
                              std::min(end * BLOCK, panels));
     }
   });

@@ -128,8 +128,8 @@ class Stack {
     size_t stride;
   };
   void products(const std::vector<Product>& list, size_t tokens);
-  static std::vector<Product> below(const std::vector<Weights>& all, const void* x, float* y);
-  const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens, Buffer<float>& to);
+  std::vector<Product> below(const std::vector<Weights>& all, const float* x, size_t x_stride, size_t tokens, float* y);
+  const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens);
   void embed(const int64_t* tokens, size_t count, float* x);
   void angles(const Batch& b);
   void attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x);
@@ -166,7 +166,7 @@ class Stack {
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
       weights_, vocabulary_;
   Buffer<int64_t> proposed_, positions_;
-  Buffer<float> tile_h_, tile_h32_, tile_q_, tile_o_, tile_hidden_;
+  Buffer<uint8_t> tiles_[3], expert_in_, expert_out_;  // one for each rounding
   Buffer<float> sorted_weights_;
   Buffer<int32_t> ids_, sorted_tokens_;
   std::vector<size_t> first_, next_;

@@ -43,12 +43,12 @@ struct Gemm {
                      size_t stride, size_t begin, size_t end);
   // h[t, n] = silu(gate . x[t]) * (up . x[t]); w alternates panels of gate and up, begin and end count pairs of them
   void (*gated)(const Matrix& w, const void* x, size_t tokens, float* h, size_t stride, size_t begin, size_t end);
-  // Tiles [begin, end) of rows x[token[i]] (or x[i]), as float or rounded to bfloat16
-  void (*tile)(bool as_float, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth,
-               void* out, size_t begin, size_t end);
-  // Values of all tiles of that many tokens, and the number of tiles
-  size_t (*tiled_size)(bool as_float, size_t tokens, size_t depth);
-  size_t (*num_tiles)(bool as_float, size_t tokens);
+  // Tiles [begin, end) of rows x[token[i]] (or x[i]), rounded
+  void (*tile)(Rounding r, const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, void* out,
+               size_t begin, size_t end);
+  // Bytes of all tiles of that many tokens, a multiple of 4, and the number of tiles
+  size_t (*tiled_bytes)(Rounding r, size_t tokens, size_t depth);
+  size_t (*num_tiles)(Rounding r, size_t tokens);
 };
 
 struct Norm {

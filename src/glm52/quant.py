@@ -45,7 +45,7 @@ class QTensor:
 
     def try_transpose(self) -> "QTensor | None":
         """The same values the other way round, if enough neighbouring rows share their scales, as they do in blocks."""
-        for group in (BLOCK, 64, 32, 16, 8, 4):
+        for group in (BLOCK, 64, 32) if self.format != "fp8" else (BLOCK, 64, 32, 16, 8, 4):
             first = self.scale[::group]
             shared = torch.equal(first.repeat_interleave(group, 0)[: len(self.scale)], self.scale)
             if shared and self.zero is None:

@@ -147,8 +147,8 @@ def _group(config: Mapping[str, Any], key: str, at: str = "") -> int:
     found = config.get(key)
     if found == -1:
         return _WHOLE
-    if not isinstance(found, int) or found < 4 or found % 4:
-        raise CheckpointError(f"quantization_config.{at}{key}: expected -1 or a multiple of 4, found {found!r}; get "
+    if not isinstance(found, int) or found < 32 or found % 32:
+        raise CheckpointError(f"quantization_config.{at}{key}: expected -1 or a multiple of 32, found {found!r}; get "
                               "the checkpoint in a format that is read")  # fmt: skip
     return found
 

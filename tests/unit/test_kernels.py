@@ -36,11 +36,25 @@ def native(x: Tensor, w: object, threads: int = 1) -> Tensor:
     return y
 
 
-def rounded(x: Tensor, w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """What the kernel multiplies: activations as it rounds them, weights as the format holds them."""
+def rounded(x: Tensor, fmt: str) -> Tensor:
+    """Activations as products with weights of a format take them."""
     if fmt == "f32":
-        return x, w
-    return x.bfloat16().float(), w.bfloat16().float() if fmt == "bf16" else quantize(w, fmt).dequantize()
+        return x
+    return fixed(x) if fmt in ("int8", "int4", "int4z") else x.bfloat16().float()
+
+
+def fixed(x: Tensor) -> Tensor:
+    """The 16-bit integers of each 128 values, times the smallest power of two that keeps them within 127 * 256 + 127."""
+    padded = torch.nn.functional.pad(x.double(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    largest = padded.abs().amax(-1, keepdim=True).clamp_min(2.0**-60)
+    power = torch.exp2(14 - largest.log2().floor())
+    power = torch.where(largest * power > 32639, power / 2, power)
+    return ((padded * power).round() / power).flatten(-2)[..., : x.shape[-1]].float()
+
+
+def held(w: Tensor, fmt: str) -> Tensor:
+    """Weights as a format holds them."""
+    return w if fmt == "f32" else w.bfloat16().float() if fmt == "bf16" else quantize(w, fmt).dequantize()
 
 
 @settings(max_examples=80, deadline=None)
@@ -49,7 +63,7 @@ def rounded(x: Tensor, w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 def test_linear_is_within_the_rounding_of_its_sum(T: int, N: int, D: int, fmt: str, threads: int, seed: int) -> None:
     """|y - exact| <= (D + 2) * 2^-23 * sum |x w|: every order of adding D rounded products stays within it."""
     w, x = random(N, D, seed=seed), random(T, D, seed=seed + 1)
-    a, b = rounded(x, w, fmt)
+    a, b = rounded(x, fmt), held(w, fmt)
     bound = (D + 2) * 2**-23 * (a.double().abs() @ b.double().abs().t()) + 1e-30
     y = native(x, pack(kernels, [w], fmt), threads).double()
     assert ((y - a.double() @ b.double().t()).abs() <= bound).all()
@@ -75,6 +89,7 @@ def test_bits_hold_where_numbers_are_subnormal(fmt: str) -> None:
 def stored(fmt: str, N: int, D: int, group: int, seed: int) -> QTensor:
     """Any values a checkpoint may hold in a format: scales of their own for each group, and for int4z zeros."""
     generator = torch.Generator().manual_seed(seed)
+    group = group if fmt == "fp8" else max(group, 32)
     groups = -(-D // group)
     scale = torch.rand(N, groups, generator=generator) + 0.1
     if fmt == "fp8":
@@ -100,7 +115,7 @@ def exact(w: QTensor) -> Tensor:
        fmt=st.sampled_from(("int8", "int4", "int4z", "fp8")), seed=st.integers(0, 99))  # fmt: skip
 def test_stored_values_scales_and_zeros_are_what_is_multiplied(T, N, D, group, fmt, seed) -> None:
     """The bound of ``test_linear``: scale and sums are rounded, the values themselves are exact. Rows do not depend on the batch."""
-    w, x = stored(fmt, N, D, group, seed), random(T, D, seed=seed).bfloat16().float()
+    w, x = stored(fmt, N, D, group, seed), rounded(random(T, D, seed=seed), fmt)
     values = exact(w)
     packed = pack(kernels, [w], None)
     y = native(x, packed, 2)
@@ -121,15 +136,15 @@ def test_packed_values_decode_to_exactly_what_is_stored(fmt: str) -> None:
 @given(T=st.integers(1, 40), D=st.integers(1, 40), F=st.integers(1, 40), fmt=st.sampled_from(("int8", "int4", "int4z", "fp8")),
        group=st.sampled_from((4, 32, 128)), seed=st.integers(0, 99))  # fmt: skip
 def test_experts_of_stored_values(T: int, D: int, F: int, fmt: str, group: int, seed: int) -> None:
-    """Against fp64. h leaves the first product with its sums' rounding, then becomes bf16: 2^-9, taken twice for the second
-    product. Bits are those of one token alone."""
+    """Against fp64. h leaves the first product with its sums' rounding, then is rounded for the second: to bf16, 2^-9 of
+    each value, or to 16-bit integers, 2^-15 of the largest; taken twice. Bits are those of one token alone."""
     E, K = 4, 2
     parts = [stored(fmt, *shape, group, seed + i) for i in range(E) for shape in ((F, D), (F, D), (D, F))]
     experts = [
         (pack_held(kernels, parts[i : i + 2], alternate=True), pack(kernels, [parts[i + 2]], None))
         for i in range(0, 3 * E, 3)
     ]
-    x = (random(T, D, seed=seed) / 16 / D).bfloat16().float()
+    x = rounded(random(T, D, seed=seed) / 16 / D, fmt)
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).int()
     weights, expected, bound = torch.rand(T, K), torch.zeros(T, D).double(), torch.zeros(T, D).double()
     for t in range(T):
@@ -138,7 +153,8 @@ def test_experts_of_stored_values(T: int, D: int, F: int, fmt: str, group: int, 
             h = torch.nn.functional.silu(gate @ x[t].double()) * (up @ x[t].double())
             sums = (up.abs() @ x[t].abs().double()) * (1 + gate.abs() @ x[t].abs().double())
             expected[t] += weight * (down @ h)
-            bound[t] += weight * (down.abs() @ (2**-8 * h.abs() + (D + 4) * 2**-23 * sums))
+            rounding = 2**-8 * h.abs() if fmt == "fp8" else 2**-14 * h.abs().amax().expand_as(h)
+            bound[t] += weight * (down.abs() @ (rounding + (D + 4) * 2**-23 * sums))
     y = torch.zeros(T, D)
     kernels.expert_ffn(x, ids, weights, experts, y, 2)
     assert ((y - expected).abs() <= bound + 1e-30).all()
@@ -151,16 +167,16 @@ def test_experts_of_stored_values(T: int, D: int, F: int, fmt: str, group: int, 
 def test_all_values_less_all_zeros() -> None:
     """int4: 16 values less 17 zeros, in rows and groups of their own."""
     value, zero = (t.to(torch.int8) for t in torch.meshgrid(torch.arange(-8, 8), torch.arange(-8, 9), indexing="ij"))
-    data = value.repeat_interleave(4, 1)
-    w = kernels.pack("int4", data, torch.ones(16, 17), 4, zeros=zero)
-    x = torch.zeros(17, 68)
-    x[torch.arange(17), torch.arange(17) * 4] = 1.0
+    data = value.repeat_interleave(32, 1)
+    w = kernels.pack("int4", data, torch.ones(16, 17), 32, zeros=zero)
+    x = torch.zeros(17, 17 * 32)
+    x[torch.arange(17), torch.arange(17) * 32 + torch.arange(17)] = 1.0
     assert torch.equal(native(x, w).t(), (value - zero).float())
     for wrong in (zero * 2, zero[:1].contiguous(), zero.float()):
         with pytest.raises(ValueError, match="zeros"):
-            kernels.pack("int4", data, torch.ones(16, 17), 4, zeros=wrong)
+            kernels.pack("int4", data, torch.ones(16, 17), 32, zeros=wrong)
     with pytest.raises(ValueError, match="zeros"):
-        kernels.pack("int8", data, torch.ones(16, 17), 4, zeros=zero)
+        kernels.pack("int8", data, torch.ones(16, 17), 32, zeros=zero)
 
 
 def test_every_e4m3_value_is_decoded_exactly() -> None:
