@@ -139,8 +139,9 @@ void fixed_of(const Panels& b, const FixedTile& x, float* out) {
   }
 }
 
-// Tokens that are multiplied by vectors; the matrix unit takes more at once, and gives the same bits.
-constexpr size_t MOST_BY_VECTORS = 8;
+// Tokens that are multiplied by vectors; the matrix unit, where there is one, takes more at once and gives the same
+// bits.
+constexpr size_t MOST_BY_VECTORS = MATRIX_UNIT<Fixed> ? 5 : 8;
 
 // As many panels as there are registers for their sums.
 template <class F>
