@@ -1,9 +1,10 @@
 """What HTTP costs: the same prompts through the engine and through ``glm52 serve``, in turn.
 
-    python -m bench.http [MODEL] [--streams 8] [--tokens 128] [--rounds 5]
+    python -m bench.http [MODEL] [--streams 8] [--tokens 128] [--rounds 5] [--stream-every MS]
 
 Time to the first token of one request, and tokens a second of several at once, streamed as text completions of token
-ids, an event a token. The server is a process of its own; this one, which reads the streams, shares the cores with it.
+ids. What comes within ``--stream-every`` (the server's own option and default; 0: every step is an event) is one event,
+so the events are counted too. The server is a process of its own; this one, which reads the streams, shares the cores.
 So that the server is measured and no client library, it reads bytes from sockets that were connected beforehand, one
 wakeup an event, and only looks for the first event and the last.
 """
@@ -42,8 +43,9 @@ def direct(session: Session, prompts: list[list[int]], tokens: int) -> tuple[flo
     return first or 0.0, time.perf_counter() - began
 
 
-def over_http(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-    """The same, for a client that reads what comes as soon as it comes and looks into it afterwards."""
+def over_http(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, float, int]:
+    """The same, for a client that reads what comes as soon as it comes and looks into it afterwards; and the number of
+    events."""
     streams = {socket.create_connection(("127.0.0.1", port)): bytearray() for _ in prompts}
     began, first = time.perf_counter(), None
     with selectors.DefaultSelector() as ready:
@@ -62,7 +64,7 @@ def over_http(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, 
                 streams[connection] += piece
     seconds = time.perf_counter() - began
     assert all(b"data: [DONE]" in stream for stream in streams.values()), "every reply is whole"
-    return first or 0.0, seconds
+    return first or 0.0, seconds, sum(stream.count(b"data: {") for stream in streams.values())
 
 
 def request(prompt: list[int], tokens: int) -> bytes:
@@ -75,15 +77,15 @@ def request(prompt: list[int], tokens: int) -> bytes:
 def measure(args: argparse.Namespace, session: Session, port: int) -> dict[str, list[float]]:
     rng, vocabulary = random.Random(0), session.tokenizer.vocab_size
     fresh = lambda n: [[rng.randrange(vocabulary) for _ in range(PROMPT)] for _ in range(n)]  # noqa: E731
-    out: dict[str, list[float]] = {k: [] for k in ("first direct", "first http", "all direct", "all http")}
+    out: dict[str, list[float]] = {k: [] for k in ("first direct", "first http", "all direct", "all http", "events")}
     for turn in range(args.rounds + 1):  # the first warms up
         single, many = fresh(1), fresh(args.streams)
         found = {
             "first direct": direct(session, single, 2)[0],
             "first http": over_http(port, single, 2)[0],
             "all direct": direct(session, many, args.tokens)[1],
-            "all http": over_http(port, many, args.tokens)[1],
         }
+        _, found["all http"], found["events"] = over_http(port, many, args.tokens)
         if turn:
             for name, seconds in found.items():
                 out[name].append(seconds)
@@ -102,9 +104,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stream-every", metavar="MS", help="the server's; 0: every step is an event")
     args = parser.parse_args()
     folder, port = resolve(args.model), free_port()
     options = ["--port", str(port), "--max-seqs", str(args.streams), "--drafts", "0"]
+    options += ["--stream-every", args.stream_every] if args.stream_every else []
     server = subprocess.Popen([sys.executable, "-m", "glm52.cli", "serve", str(folder), *options])
     try:
         session = Session.open(folder, max_seqs=args.streams, num_drafts=0)
@@ -118,6 +122,7 @@ def main() -> None:
     finally:
         server.terminate()
         server.wait()
+    num_events = statistics.median(found.pop("events"))
     seconds = {k: statistics.median(v) for k, v in found.items()}
     total = args.streams * args.tokens
     rates = {k: total / seconds[f"all {k}"] for k in ("direct", "http")}
@@ -126,9 +131,10 @@ def main() -> None:
           f"{statistics.median(waits):+.2f} ms in a round, {min(waits):+.2f} to {max(waits):+.2f}")  # fmt: skip
     shares = [a / b for a, b in zip(found["all direct"], found["all http"], strict=True)]
     print(f"{args.streams} streams: {rates['direct']:.0f} tokens/s directly, {rates['http']:.0f} over HTTP; "
-          f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}")  # fmt: skip
-    finish({"model": folder.name, "streams": args.streams, "seconds": seconds, "tokens_per_s": rates,
-            "waits_ms": waits, "shares": shares})  # fmt: skip
+          f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}; "
+          f"{num_events:.0f} events for {total} tokens")  # fmt: skip
+    finish({"model": folder.name, "streams": args.streams, "num_events": num_events, "seconds": seconds,
+            "tokens_per_s": rates, "waits_ms": waits, "shares": shares})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The engine's thread and its readers: what is late comes together, what fails is told."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -59,3 +62,121 @@ def test_a_failure_is_told_after_what_came_before_it(monkeypatch: pytest.MonkeyP
     with pytest.raises(MemoryError, match="no more"):
         asyncio.run(main())
     assert found == seen[:3]
+
+
+def paced(interval_s: float, step_s: float = 0.001) -> tuple[list[Event], list[float]]:
+    """The events of one reply of a model that takes its time, and when each came."""
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(), interval_s=interval_s)
+    step = backend.engine.step
+
+    def slow() -> list[Event]:
+        time.sleep(step_s)
+        return step()
+
+    backend.engine.step = slow  # type: ignore[method-assign]
+    found, times = [], []
+
+    async def main() -> None:
+        async for event in backend.generate(PROMPT, PARAMS):
+            found.append(event)
+            times.append(time.monotonic())
+
+    asyncio.run(main())
+    backend.close()
+    return found, times
+
+
+def test_what_comes_within_the_interval_is_one_event() -> None:
+    (every, _), (few, times) = paced(0.0), paced(0.05)
+    assert len(every) >= 30 and len(few) <= 6
+    for pick in (lambda e: e.token_ids, lambda e: e.text, lambda e: [p.token_id for p in e.logprobs]):
+        assert [x for e in every for x in pick(e)] == [x for e in few for x in pick(e)]
+    assert len(few[0].token_ids) == 1, "the first waits for nothing"
+    assert all(b - a >= 0.045 for a, b in pairwise(times[:-1])), "but for the last"
+
+
+def test_a_slow_model_keeps_an_event_a_token() -> None:
+    assert all(len(e.token_ids) <= 1 for e in paced(0.002, step_s=0.01)[0])
+
+
+def test_the_end_waits_for_nothing() -> None:
+    events, times = paced(30.0)
+    assert len(events) == 2 and events[-1].finish_reason == "length" and times[-1] - times[0] < 10
+
+
+def test_what_was_held_back_comes_in_time_though_the_engine_stands_still() -> None:
+    """As when the long prompt of another is computed."""
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(), interval_s=0.1)
+    step, num_tokens = backend.engine.step, 0
+    is_read, goes_on = threading.Event(), threading.Event()
+
+    def stalling() -> list[Event]:
+        nonlocal num_tokens
+        if stall := {1: is_read, 4: goes_on}.get(num_tokens):
+            stall.wait(30)
+        events = step()
+        num_tokens += sum(len(e.token_ids) for e in events)
+        return events
+
+    backend.engine.step = stalling  # type: ignore[method-assign]
+
+    async def main() -> int:
+        events = backend.generate(PROMPT, PARAMS)
+        first = await anext(events)
+        is_read.set()
+        began = time.monotonic()
+        second = await anext(events)
+        assert not goes_on.is_set() and time.monotonic() - began < 10
+        goes_on.set()
+        assert len(first.token_ids) == 1
+        await events.aclose()  # type: ignore[attr-defined]
+        return len(first.token_ids) + len(second.token_ids)
+
+    assert asyncio.run(main()) == 4
+    backend.close()
+
+
+def test_no_timer_outlives_its_stream() -> None:
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(), interval_s=3600.0)
+
+    async def main() -> list[Any]:
+        async for event in backend.generate(PROMPT, PARAMS):
+            assert event
+        events = backend.generate(PROMPT, PARAMS)
+        await anext(events)
+        waits = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        waits.cancel()
+        await asyncio.gather(waits, return_exceptions=True)
+        return [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]  # type: ignore[attr-defined]
+
+    assert asyncio.run(main()) == []
+    backend.close()
+
+
+def test_an_error_comes_after_what_was_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(), interval_s=30.0)
+    step, num_tokens = backend.engine.step, 0
+
+    def failing() -> list[Event]:
+        nonlocal num_tokens
+        events = step()
+        num_tokens += sum(len(e.token_ids) for e in events)
+        if num_tokens < 5 or not events:
+            return events
+        backend.engine.abort(events[0].seq)
+        return [Event(seq=events[0].seq, finish_reason="error", error="no more")]
+
+    monkeypatch.setattr(backend.engine, "step", failing)
+
+    async def main() -> list[Event]:
+        return [event async for event in backend.generate(PROMPT, PARAMS)]
+
+    *before, last = asyncio.run(main())
+    assert (
+        1 <= len(before) <= 2
+        and sum(len(e.token_ids) for e in before) == 4
+        and last.error == "no more"
+        and not last.text
+    )
+    backend.close()

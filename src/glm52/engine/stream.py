@@ -1,7 +1,8 @@
 """The engine on a thread of its own, and each reply as an asynchronous stream of events.
 
-Leaving a stream early (a cancelled task, a client that hung up) aborts its sequence before the next step. An error in
-the engine's thread reaches every stream; none waits for ever.
+A stream may be told at most once in an interval: what comes sooner is joined to one event, and until then costs no trip
+to the event loop. Leaving a stream early (a cancelled task, a client that hung up) aborts its sequence before the next
+step. An error in the engine's thread reaches every stream; none waits for ever.
 """
 
 import asyncio
@@ -22,22 +23,50 @@ logger = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Stream:
     """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken;
-    arrival: what the reader waits for where there is nothing."""
+    arrival: what the reader waits for where there is nothing to take; is_due: whether it wants to know of whatever
+    comes, or of the end only. ``timer`` makes it due again, though no further token comes."""
 
     loop: asyncio.AbstractEventLoop
     pending: deque[Event] = field(default_factory=deque)
     arrival: asyncio.Future[None] | None = None
+    is_due: bool = True
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self.pending) and (self.is_due or self.pending[-1].finish_reason is not None)
+
+    def take(self) -> Event:
+        """All that is pending as one event; but a failure comes alone, after what came before it."""
+        events = [self.pending.popleft()]
+        while self.pending and self.pending[0].error is None:
+            events.append(self.pending.popleft())
+        return Event.joined(events)
+
+    def hold(self, seconds: float) -> None:
+        """Let what comes wait for a while."""
+        self.is_due = False
+        self.timer = self.loop.call_later(seconds, self._fall_due)
+
+    def _fall_due(self) -> None:
+        self.is_due = True  # first this, then the look at pending: the engine's thread does both the other way round
+        self.wake()
+
+    def wake(self) -> None:
+        if self.arrival is not None and not self.arrival.done():
+            self.arrival.set_result(None)
 
 
 class AsyncEngine:
     """Owns the thread that steps ``engine``. ``max_waiting``: requests that may queue before more are refused.
+    ``interval_s``: how long a stream may hold back text after an event with text; its first and its last never wait.
 
     Only that thread touches the engine, but for ``submit``, which appends to a queue; so the event loop never waits for
     a step. Aborts are handed over and done between steps.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int = 256) -> None:
-        self.engine, self.max_waiting = engine, max_waiting
+    def __init__(self, engine: Engine, max_waiting: int = 256, interval_s: float = 0.0) -> None:
+        self.engine, self.max_waiting, self.interval_s = engine, max_waiting, interval_s
         self._streams: dict[Sequence, _Stream] = {}
         self._aborted: deque[Sequence] = deque()
         self._wake = threading.Event()
@@ -49,7 +78,7 @@ class AsyncEngine:
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
         """Events of one reply until its finish_reason. RequestError if it can never be served.
 
-        What several steps brought while nobody took it comes as one event: a reader that is late catches up.
+        What several steps brought while it was held back, or while nobody took it, comes as one event.
         """
         if params.grammar is not None and self.engine.matchers is not None:
             await asyncio.to_thread(self.engine.matchers.compile, params.grammar)
@@ -57,16 +86,20 @@ class AsyncEngine:
         seq = self._submit(tokens, params, stream)
         try:
             while True:
-                while not stream.pending:
-                    if self._failure is not None:
-                        raise self._failure
+                while not stream.is_ready and self._failure is None:
                     stream.arrival = stream.loop.create_future()
                     await stream.arrival
-                event = Event.joined([stream.pending.popleft() for _ in range(len(stream.pending))])
+                if not stream.pending and self._failure is not None:
+                    raise self._failure
+                event = stream.take()
                 yield event
                 if event.finish_reason is not None:
                     return
+                if event.text and self.interval_s > 0:
+                    stream.hold(self.interval_s)
         finally:
+            if stream.timer is not None:
+                stream.timer.cancel()
             self._streams.pop(seq, None)
             self._aborted.append(seq)
             self._wake.set()
@@ -111,7 +144,8 @@ class AsyncEngine:
             stream = self._streams.get(event.seq)
             if stream is not None:
                 stream.pending.append(event)
-                told.append(stream)
+                if stream.is_due or event.finish_reason is not None:
+                    told.append(stream)
         _alert(told)
 
 
@@ -124,5 +158,4 @@ def _alert(streams: list[_Stream]) -> None:
 
 def _wake_readers(streams: list[_Stream]) -> None:
     for stream in streams:
-        if stream.arrival is not None and not stream.arrival.done():
-            stream.arrival.set_result(None)
+        stream.wake()

@@ -20,6 +20,8 @@ from glm52.server.upstream import Upstream
 from glm52.session import PREFIX_CACHE_BYTES, Session, add_format_argument, generation_defaults
 from glm52.tokenizer import Tokenizer
 
+STREAM_EVERY_MS = 20.0  # what a display shows: 50 pictures a second
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-waiting", type=int, default=256, help="replies that may queue; more are refused (default: 256)")
     add("--max-batch-tokens", "--max-num-batched-tokens", type=int, default=512,
         help="tokens of one step (default: 512)")  # fmt: skip
+    add("--stream-every", type=float, metavar="MS",
+        help=f"milliseconds between two events of a stream; tokens in between are joined to one event "
+             f"(default: {STREAM_EVERY_MS:g}; 0: an event for each step)")  # fmt: skip
     add("--deadline", type=float, metavar="SECONDS", help="the longest a request may take (default: no limit)")
     add("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
     add("--mode", choices=["chat", "coding"], default="chat",
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.prefix_cache_size is not None and args.prefix_cache is None:
         raise RequestError("--prefix-cache-size: expected --prefix-cache too; without it nothing is kept")
+    if args.stream_every is not None and not 0 <= args.stream_every <= 1000:
+        raise RequestError(f"--stream-every: expected 0 to 1000 milliseconds, found {args.stream_every:g}")
     listener = _bind(args.host, args.port)
     for note in foreign.notes(args):
         print(f"glm52 serve: {note}", file=sys.stderr)
@@ -87,9 +94,12 @@ def _engine(args: argparse.Namespace, options: Options) -> Service:
     )  # fmt: skip
     name, *aliases = args.served_model_name or [session.name]
     return Service(
-        AsyncEngine(session.engine, max_waiting=args.max_seqs + args.max_waiting), session.tokenizer, session.template,
-        name=name, aliases=aliases, defaults=session.defaults, context_length=session.engine.context_length,
-        options=options,
+        AsyncEngine(
+            session.engine, max_waiting=args.max_seqs + args.max_waiting,
+            interval_s=(STREAM_EVERY_MS if args.stream_every is None else args.stream_every) / 1e3,
+        ),
+        session.tokenizer, session.template, name=name, aliases=aliases, defaults=session.defaults,
+        context_length=session.engine.context_length, options=options,
     )  # fmt: skip
 
 
@@ -101,6 +111,7 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
         ("--format", args.format),
         ("--drafts", args.drafts),
         ("--kv-cache-dtype", args.kv_cache_dtype),
+        ("--stream-every", args.stream_every),
     ):
         if value not in (None, "auto"):
             raise RequestError(f"{flag}: the server at {args.upstream} computes, so this is for it to say")

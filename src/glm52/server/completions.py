@@ -84,6 +84,7 @@ class Writer:
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._offsets: dict[int, int] = {}
         self._said: dict[int, int] = {}
+        self._told: dict[int, int] = {}  # log probabilities: those of half a character wait for the rest of it
         self._template = cache(lambda index: Template(lambda text: self._data(index, text, None, None)))
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
@@ -97,14 +98,14 @@ class Writer:
         self._said[answer.index] = len(answer.text)
         if self.request.params.logprobs is None:
             return [(None, self._template(answer.index).filled(answer.text[at:]))]
-        said = self._logprobs(answer.index, [(t.token_id, t) for t in logprobs])
-        return [(None, self._data(answer.index, answer.text[at:], None, said))]
+        return [(None, self._data(answer.index, answer.text[at:], None, self._untold(answer)))]
 
     def end(self, answer: Answer) -> list[Frame]:
         if self.request.echo:
             whole = self._choice(answer)
             return [(None, self._envelope() | {"choices": [whole]})]
-        return [(None, self._data(answer.index, "", _finish_reason(answer), None))]
+        left = self._untold(answer) if len(answer.logprobs) > self._told.get(answer.index, 0) else None
+        return [(None, self._data(answer.index, "", _finish_reason(answer), left))]
 
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
         frames: list[Frame] = []
@@ -128,6 +129,10 @@ class Writer:
         said = self._logprobs(answer.index, entries) if self.request.params.logprobs is not None else None
         reason = "length" if only_echo else _finish_reason(answer)
         return {"index": answer.index, "text": text, "logprobs": said, "finish_reason": reason}
+
+    def _untold(self, answer: Answer) -> Json:
+        at, self._told[answer.index] = self._told.get(answer.index, 0), len(answer.logprobs)
+        return self._logprobs(answer.index, [(t.token_id, t) for t in answer.logprobs[at:]])
 
     def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
         """Four lists of equal length. The first token of a prompt has no probability."""
