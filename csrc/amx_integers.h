@@ -66,7 +66,32 @@ struct Rest {
   }
 };
 
-// Sums of high and of low bytes for two panels from `first` on, and a unit of tokens from `unit` on.
+// Adds to the sums, [panel][high or low], a piece of the weights times the high bytes at x and the low ones `plane` on.
+// ``between()`` is called after each instruction, for work that goes on while the unit multiplies.
+template <class Between>
+void add_piece(const Piece& w, const uint8_t* x, size_t plane, Between between) {
+  _tile_loadd(4, x, CHUNK);
+  _tile_loadd(6, w.panel[0], w.stride);
+  _tile_dpbsud(0, 4, 6);
+  between();
+  _tile_loadd(7, w.panel[1], w.stride);
+  _tile_dpbsud(2, 4, 7);
+  between();
+  _tile_loadd(5, x + plane, CHUNK);
+  _tile_dpbsud(1, 5, 6);
+  between();
+  _tile_dpbsud(3, 5, 7);
+  between();
+}
+
+inline void store_sums(int32_t* to) {
+  _tile_stored(0, to, 64);
+  _tile_stored(1, to + UNIT * LANES, 64);
+  _tile_stored(2, to + 2 * UNIT * LANES, 64);
+  _tile_stored(3, to + 3 * UNIT * LANES, 64);
+}
+
+// Two panels from `first` on times a unit of tokens from `unit` on.
 template <class F>
 void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t unit, size_t tokens, float* out) {
   constexpr size_t whole = CHUNK / F::values;
@@ -81,11 +106,6 @@ void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t un
        e = extent_at<STRETCH, F>(b, e.end, e.group + e.closes), turn ^= 1) {
     const float* scales[2] = {b.scale[first] + e.group * b.scale_stride, b.scale[first + 1] + e.group * b.scale_stride};
     const size_t pieces = (e.end - 1) / whole - e.begin / whole + 1, share = (tokens + 4 * pieces - 1) / (4 * pieces);
-    const auto add_some = [&] {
-      const size_t end = std::min(done + share, tokens);
-      rest.add(done, end);
-      done = end;
-    };
     zero_sums();
     for (size_t begin = e.begin, end; begin < e.end; begin = end) {
       end = std::min((begin / whole + 1) * whole, e.end);
@@ -93,32 +113,15 @@ void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t un
         for (size_t s = begin; s < end; ++s) prefetch<2 * F::bytes>(b.panel[first] + s * b.stride + b.ahead);
       }
       const Piece w = codes_of<F>(b, first, begin, end, scales, scratch);
-      const uint8_t* at = x.at(begin / whole * CHUNK) + unit * CHUNK;
-      _tile_loadd(4, at, CHUNK);
-      _tile_loadd(6, w.panel[0], w.stride);
-      _tile_dpbsud(0, 4, 6);
-      add_some();
-      _tile_loadd(7, w.panel[1], w.stride);
-      _tile_dpbsud(2, 4, 7);
-      add_some();
-      _tile_loadd(5, at + STRETCH * x.tokens, CHUNK);
-      _tile_dpbsud(1, 5, 6);
-      add_some();
-      _tile_dpbsud(3, 5, 7);
-      add_some();
+      add_piece(w, x.at(begin / whole * CHUNK) + unit * CHUNK, STRETCH * x.tokens, [&] {
+        const size_t until = std::min(done + share, tokens);
+        rest.add(done, until);
+        done = until;
+      });
     }
-    _tile_stored(0, sums[turn], 64);
-    _tile_stored(1, sums[turn] + UNIT * LANES, 64);
-    _tile_stored(2, sums[turn] + 2 * UNIT * LANES, 64);
-    _tile_stored(3, sums[turn] + 3 * UNIT * LANES, 64);
-    rest = {sums[turn],
-            {scales[0], scales[1]},
-            x.power(e.begin / (STRETCH / F::values)) + unit,
-            in_group,
-            out,
-            opens,
-            e.closes,
-            {}};
+    store_sums(sums[turn]);
+    const float* power = x.power(e.begin / (STRETCH / F::values)) + unit;
+    rest = {sums[turn], {scales[0], scales[1]}, power, in_group, out, opens, e.closes, {}};
     x.sums(e.begin * F::values, e.end * F::values, unit, tokens, F::offset, rest.offset);
     opens = e.closes;
     done = 0;
