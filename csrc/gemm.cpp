@@ -146,39 +146,51 @@ void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t strid
   });
 }
 
-// Words of four bytes, pairs of bfloat16 or single floats, of token t in a tile.
-template <class T>
-void put_row(const T* row, size_t padded, size_t t, size_t width, T* out) {
-  const size_t words = padded * sizeof(T) / 4;
-  const auto* from = reinterpret_cast<const char*>(row);
-  auto* to = reinterpret_cast<char*>(out);
-  if constexpr (MATRIX_UNIT<T>) {
-    for (size_t k = 0; k < words; k += 2 * LANES) {
-      uint32_t both[2 * LANES], split[2][LANES];
-      std::memcpy(both, from + k * 4, sizeof both);
-      for (size_t i = 0; i < LANES; ++i) split[0][i] = both[2 * i], split[1][i] = both[2 * i + 1];
-      std::memcpy(to + (k * width + t * LANES) * 4, split[0], sizeof split[0]);
-      std::memcpy(to + ((k + LANES) * width + t * LANES) * 4, split[1], sizeof split[1]);
-    }
-  } else {
-    for (size_t k = 0; k < words; ++k) std::memcpy(to + (k * width + t) * 4, from + k * 4, 4);
-  }
-}
-
 // One tile of rows x[token[i]] (or x[i]): see ``tile_bytes``.
 template <class T>
 void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out) {
   static thread_local Buffer<T> scratch;
   const size_t padded = round_up(depth, TILE_DEPTH<T>), width = tile_width<T>(tokens);
-  const bool as_is = width == 1 && !MATRIX_UNIT<T>;
+  const bool as_is = width == 1;
   T* row = as_is ? out : scratch.reserve(padded);
   for (size_t t = 0; t < width; ++t) {
     const size_t n = t < tokens ? depth : 0;
     narrow(x + (token && t < tokens ? token[t] : t) * stride, n, row);
     std::memset(row + n, 0, (padded - n) * sizeof(T));
-    if (!as_is) put_row(row, padded, t, width, out);
+    if (as_is) continue;
+    // Words of four bytes: pairs of bfloat16 or single floats.
+    const auto* from = reinterpret_cast<const char*>(row);
+    auto* to = reinterpret_cast<char*>(out);
+    for (size_t k = 0; k < padded * sizeof(T) / 4; ++k) std::memcpy(to + (k * width + t) * 4, from + k * 4, 4);
   }
 }
+
+#if defined(__AMX_BF16__)
+// For the matrix unit: first pairs of thirty-two steps, then second ones.
+void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, bf16* out) {
+  const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+  alignas(64) float rest[CHUNK] = {};  // of the last chunk, if it is short
+  for (size_t t = 0; t < tokens; ++t) {
+    const float* row = x + (token ? token[t] : t) * stride;
+    for (size_t k = 0; k < depth; k += CHUNK) {
+      const float* from = row + k;
+      if (depth - k < CHUNK) {
+        std::copy_n(from, depth - k, rest);
+        from = rest;
+      }
+      const auto narrowed = [&](size_t i) {
+        const __m512 low = _mm512_loadu_ps(from + i), high = _mm512_loadu_ps(from + i + LANES);
+        return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      };
+      const __m512i a = narrowed(0), b = narrowed(HALF);
+      bf16* to = out + k * tokens + t * HALF;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi32(a, first, b));
+      _mm512_storeu_si512(to + tokens * HALF, _mm512_permutex2var_epi32(a, second, b));
+    }
+  }
+}
+#endif
 
 void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, Fixed* out) {
   const FixedTile tile(out, tokens, depth);

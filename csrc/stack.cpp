@@ -13,6 +13,9 @@ constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
 constexpr size_t NEIGHBOURS = 8;  // tokens whose searches read the keys together
 constexpr size_t SHARED = 65536;  // bytes of activations from which on threads share the rounding
 
+// Floats from one token to the next where n are in use: rows a power of two apart share few places of a cache.
+size_t spaced(size_t n) { return n % 256 ? n : n + 16; }
+
 size_t blocks(size_t n, size_t of) { return (n + of - 1) / of; }
 
 size_t total_rows(const std::vector<Weights>& all) {
@@ -83,8 +86,7 @@ void Stack::products(const std::vector<Product>& list, size_t tokens) {
 
 // Products of x with matrices that stand one below the other.
 std::vector<Stack::Product> Stack::below(const std::vector<Weights>& all, const float* x, size_t x_stride,
-                                         size_t tokens, float* y) {
-  const size_t stride = total_rows(all);
+                                         size_t tokens, float* y, size_t stride) {
   const void* tiles[3] = {};
   std::vector<Product> list;
   for (const Weights& w : all) {
@@ -183,8 +185,8 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
   const size_t T = b.tokens, D = dims_.hidden, H = dims_.heads;
   float* h = h_.reserve(T * D);
   norm(l.input_norm, x, T, h);
-  const size_t a_width = total_rows(l.a), q_width = total_rows(l.q);
-  std::vector<Product> from_hidden = below(l.a, h, D, T, a_.reserve(T * a_width));
+  const size_t a_width = spaced(total_rows(l.a)), q_width = spaced(total_rows(l.q));
+  std::vector<Product> from_hidden = below(l.a, h, D, T, a_.reserve(T * a_width), a_width);
   const bool selects = l.index_weights && write;
   if (selects) {
     const void* tile = tiled(*l.index_weights, h, D, T);
@@ -192,7 +194,7 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
   }
   products(from_hidden, T);
   latents(l, index, b, cache, write, a_width);
-  products(below(l.q, q_latent_.data(), dims_.query_rank, T, q_.reserve(T * q_width)), T);
+  products(below(l.q, q_latent_.data(), dims_.query_rank, T, q_.reserve(T * q_width), q_width), T);
   queries(l, T, q_width);
   if (selects) {
     const auto began = std::chrono::steady_clock::now();
@@ -200,7 +202,7 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
     select_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
   attend(l, index, b, cache, s, q_width);
-  const void* o = tiled(*l.o, o_.data(), H * dims_.value, T);
+  const void* o = tiled(*l.o, o_.data(), spaced(H * dims_.value), T);
   pool::each(blocks(l.o->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
     table_.gemm.linear_add(*l.o, o, T, nullptr, nullptr, x, D, begin * BLOCK, std::min(end * BLOCK, l.o->panels()));
   });
@@ -344,11 +346,12 @@ void Stack::choose(const Batch& b, size_t t, std::vector<uint64_t>& candidates, 
 void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width) {
   const Dims& d = dims_;
   const size_t T = b.tokens, H = d.heads, C = d.latent, head = d.nope + d.rotary;
-  float *absorbed = q_absorbed_.reserve(T * H * C), *latent = o_latent_.reserve(T * H * C),
-        *o = o_.reserve(T * H * d.value);
+  const size_t c_stride = spaced(H * C), v_stride = spaced(H * d.value);
+  float *absorbed = q_absorbed_.reserve(T * c_stride), *latent = o_latent_.reserve(T * c_stride),
+        *o = o_.reserve(T * v_stride);
   // One product for each head, its tokens tiled by whoever computes it.
   const auto per_head = [&](const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride,
-                            float* y, size_t y_head) {
+                            float* y, size_t y_head, size_t y_stride) {
     pool::each(H, 1, threads, [&](size_t begin, size_t end) {
       static thread_local Buffer<uint8_t> tile;
       for (size_t i = begin; i < end; ++i) {
@@ -356,18 +359,18 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
         const Rounding r = rounding_of(w.format);
         uint8_t* tiles = tile.reserve(table_.gemm.tiled_bytes(r, T, w.depth));
         table_.gemm.tile(r, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0, table_.gemm.num_tiles(r, T));
-        table_.gemm.linear(w, tiles, T, y + i * y_head, H * y_head, 0, w.panels());
+        table_.gemm.linear(w, tiles, T, y + i * y_head, y_stride, 0, w.panels());
       }
     });
   };
-  per_head(l.key, q_.data(), head, width, absorbed, C);
+  per_head(l.key, q_.data(), head, width, absorbed, C, c_stride);
   const float scale = 1.0f / std::sqrt(static_cast<float>(head));
   const auto args = [&](size_t t) {
     return MlaArgs{cache.layout,
                    cache.rows(index),
                    H,
                    head,
-                   absorbed + t * H * C,
+                   absorbed + t * c_stride,
                    q_.data() + t * width + d.nope,
                    s.ids.data() + t * s.width,
                    static_cast<size_t>(s.counts.data()[t]),
@@ -376,12 +379,12 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
   if (T >= threads) {
     pool::each(T, 1, threads, [&](size_t begin, size_t end) {
       static thread_local AttentionScratch own;
-      for (size_t t = begin; t < end; ++t) attend(args(t), 1, own, latent + t * H * C);
+      for (size_t t = begin; t < end; ++t) attend(args(t), 1, own, latent + t * c_stride);
     });
   } else {
-    for (size_t t = 0; t < T; ++t) attend(args(t), threads, attention_, latent + t * H * C);
+    for (size_t t = 0; t < T; ++t) attend(args(t), threads, attention_, latent + t * c_stride);
   }
-  per_head(l.value, latent, C, H * C, o, d.value);
+  per_head(l.value, latent, C, c_stride, o, d.value, v_stride);
 }
 
 // One token's attention by that many threads: out [H, C].
@@ -407,7 +410,7 @@ void Stack::attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out) 
 
 // The dense MLP of h_ added to x.
 void Stack::dense(const Expert& e, size_t T, float* x) {
-  const size_t D = dims_.hidden, pairs = e.gate_up->panels() / 2, F = pairs * PANEL;
+  const size_t D = dims_.hidden, pairs = e.gate_up->panels() / 2, F = spaced(pairs * PANEL);
   const void* tile = tiled(*e.gate_up, h_.data(), D, T);
   float* hidden = hidden_.reserve(T * F);
   pool::each(blocks(pairs, 2), 1, threads, [&](size_t begin, size_t end) {
@@ -457,7 +460,7 @@ void Stack::group(const std::vector<Expert>& all, const Expert& shared, size_t T
   const auto add = [&](const Expert& e, const int32_t* tokens, const float* w, size_t n) {
     const size_t F = e.gate_up->panels() / 2 * PANEL;
     items_.push_back({&e, tokens, w, n, F, hidden, in, out, blocks_before});
-    hidden += n * F;
+    hidden += n * spaced(F);
     in += table_.gemm.tiled_bytes(rounding_of(e.gate_up->format), n, e.gate_up->depth);
     out += table_.gemm.tiled_bytes(rounding_of(e.down->format), n, e.down->depth);
     blocks_before += blocks(F / PANEL, 2);
@@ -491,14 +494,14 @@ void Stack::experts(const std::vector<Expert>& all, const Expert& shared, size_t
       const Item& m = items_[i];
       const size_t from = std::max(begin, m.first_block), to = std::min(end, items_[i + 1].first_block);
       if (from >= to) continue;
-      table_.gemm.gated(*m.expert->gate_up, in + m.in, m.tokens, hidden + m.hidden, m.F, 2 * (from - m.first_block),
-                        std::min(2 * (to - m.first_block), m.F / PANEL));
+      table_.gemm.gated(*m.expert->gate_up, in + m.in, m.tokens, hidden + m.hidden, spaced(m.F),
+                        2 * (from - m.first_block), std::min(2 * (to - m.first_block), m.F / PANEL));
     }
   });
   each_item([&](const Item& m) {
     const Matrix& down = *m.expert->down;
     const Rounding r = rounding_of(down.format);
-    table_.gemm.tile(r, hidden + m.hidden, m.F, nullptr, m.tokens, down.depth, out + m.out, 0,
+    table_.gemm.tile(r, hidden + m.hidden, spaced(m.F), nullptr, m.tokens, down.depth, out + m.out, 0,
                      table_.gemm.num_tiles(r, m.tokens));
   });
   const size_t panels = items_[0].expert->down->panels();

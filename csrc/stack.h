@@ -128,7 +128,8 @@ class Stack {
     size_t stride;
   };
   void products(const std::vector<Product>& list, size_t tokens);
-  std::vector<Product> below(const std::vector<Weights>& all, const float* x, size_t x_stride, size_t tokens, float* y);
+  std::vector<Product> below(const std::vector<Weights>& all, const float* x, size_t x_stride, size_t tokens, float* y,
+                             size_t stride);
   const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens);
   void embed(const int64_t* tokens, size_t count, float* x);
   void angles(const Batch& b);
