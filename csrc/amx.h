@@ -1,8 +1,8 @@
 // Products of bfloat16 by the matrix unit (AMX): sixteen tokens, sixteen rows of weights and 32 values an instruction.
 //
-// A piece is an ``Extent`` of CHUNK values at most. Its first pairs (values 0 and 1 of
-// each step) make one instruction, its second pairs another. The unit adds values with even and with odd index in two
-// chains from zero, then their sum to what was there: bits depend neither on the tokens beside nor on the tiling.
+// A piece is an ``Extent`` of CHUNK values at most. Its first pairs (values 0 and 1 of each step) make one instruction,
+// its second pairs another. The unit adds values with even and with odd index in two chains from zero, then their sum
+// to what was there: bits depend neither on the tokens beside nor on the tiling.
 #pragma once
 
 #include <algorithm>

@@ -130,13 +130,7 @@ inline void multiply_fixed(const Panels& b, size_t first, const FixedTile& x, F1
 
 template <class F, int P, int T>
 void fixed_of(const Panels& b, const FixedTile& x, float* out) {
-  for (size_t at = 0; at < b.count; at += P) {
-    F16 y[P][T];
-    multiply_fixed<F, P, T>(b, at, x, y);
-    for (size_t p = 0; p < P && at + p < b.count; ++p) {
-      for (size_t t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE<Fixed> + t) * LANES);
-    }
-  }
+  each_panels<Fixed, P, T>(b, out, [&](size_t at, F16(&y)[P][T]) { multiply_fixed<F, P, T>(b, at, x, y); });
 }
 
 // Tokens that are multiplied by vectors; the matrix unit, where there is one, takes more at once and gives the same

@@ -105,15 +105,9 @@ struct Integers {
 
 using INT8 = Integers<INT8_OFFSET>;
 
-struct INT4 {
-  using Activation = Fixed;
-  using Decoded = Integers<INT4_OFFSET>;
-  struct Group {};
-  static Group group(const float*) { return {}; }
+struct INT4 : Integers<INT4_OFFSET> {
   static constexpr Format format = Format::int4;
-  static constexpr int offset = INT4_OFFSET;
-  static constexpr size_t values = INT4_STEP, vectors = 2, bytes = 64;
-  static constexpr bool scaled = true;
+  static constexpr size_t values = INT4_STEP, vectors = 2;
   static void load(const uint8_t* p, const Group&, Codes* out) {
     const Codes both = Codes::load(p);
     out[0] = both.low_half();

@@ -66,13 +66,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
 
 template <class F, int P, int T>
 void product_of(const Panels& b, const typename F::Activation* x, float* out) {
-  for (size_t at = 0; at < b.count; at += P) {
-    F16 y[P][T];
-    multiply<F, P, T>(b, at, x, y);
-    for (size_t p = 0; p < P && at + p < b.count; ++p) {
-      for (size_t t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE<typename F::Activation> + t) * LANES);
-    }
-  }
+  each_panels<typename F::Activation, P, T>(b, out, [&](size_t at, F16(&y)[P][T]) { multiply<F, P, T>(b, at, x, y); });
 }
 
 // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.

@@ -83,4 +83,16 @@ size_t tile_bytes(size_t tokens, size_t depth) {
 template <>
 size_t tile_bytes<Fixed>(size_t tokens, size_t depth);
 
+// out [BLOCK][TILE][LANES] of a block, P panels at a time: ``multiply(first, y)`` gives y[p][t].
+template <class Activation, int P, int T, class Multiply>
+void each_panels(const Panels& b, float* out, Multiply multiply) {
+  for (size_t at = 0; at < b.count; at += P) {
+    F16 y[P][T];
+    multiply(at, y);
+    for (size_t p = 0; p < P && at + p < b.count; ++p) {
+      for (size_t t = 0; t < T; ++t) y[p][t].store(out + ((at + p) * TILE<Activation> + t) * LANES);
+    }
+  }
+}
+
 }  // namespace NS

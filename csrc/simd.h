@@ -103,7 +103,6 @@ constexpr bool PLANES = true;
 // Sums of codes times 16-bit integers, for each row: exact while they stay within 32 bits.
 struct Dots {
   __m512i high, low;
-  static Dots zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
   // Four integers: their high bytes at x, the low ones `plane` bytes on.
   void add(Codes w, const uint8_t* x, size_t plane) {
     int32_t h, l;
@@ -204,7 +203,6 @@ constexpr bool PLANES = false;  // integers as they are
 
 struct Dots {
   __m256i v[4];  // two sums for each of four rows
-  static Dots zero() { return {}; }
   void add(Codes w, const uint8_t* x, size_t) {
     int64_t four;
     std::memcpy(&four, x, sizeof four);
@@ -323,7 +321,6 @@ constexpr bool PLANES = false;  // integers as they are
 
 struct Dots {
   int32_t v[LANES];
-  static Dots zero() { return {}; }
   void add(const Codes& w, const uint8_t* x, size_t) {
     int16_t q[4];
     std::memcpy(q, x, sizeof q);
