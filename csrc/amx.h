@@ -27,7 +27,7 @@ template <class F>
 void decode_panel(const Panels& b, size_t panel, const Extent& e, uint8_t* to) {
   constexpr size_t half = CHUNK_STEPS * 64;
   if (e.end - e.begin < CHUNK_STEPS) std::memset(to, 0, 2 * half);
-  const uint8_t* from = b.panel[panel] + e.begin * b.stride;
+  const uint8_t* from = b.step(panel, e.begin, e.group);
   to += e.begin % CHUNK_STEPS * 64;
   for (size_t s = e.begin; s < e.end; ++s, from += b.stride, to += 64) {
     if (b.ahead) prefetch<F::bytes>(from + b.ahead);
@@ -103,13 +103,13 @@ void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x,
   const auto piece_of = [&](const Extent& e) {
     Piece piece = {{}, as_is(e) ? b.stride : 64, as_is(e) ? 64 : CHUNK_STEPS * 64};
     for (size_t p = 0; p < P; ++p)
-      piece.panel[p] = as_is(e) ? b.panel[first + p] + e.begin * b.stride : scratch[turn % 2] + p * panel_size;
+      piece.panel[p] = as_is(e) ? b.step(first + p, e.begin, e.group) : scratch[turn % 2] + p * panel_size;
     return piece;
   };
   const auto decode = [&](const Extent& e, size_t p) {
     if (e.begin >= b.steps) return;
     if (!as_is(e)) return decode_panel<F>(b, first + p, e, scratch[turn % 2] + p * panel_size);
-    for (size_t s = e.begin; s < e.end && b.ahead; ++s) prefetch<F::bytes>(b.panel[first + p] + s * b.stride + b.ahead);
+    for (size_t s = e.begin; s < e.end && b.ahead; ++s) prefetch<F::bytes>(b.step(first + p, s, e.group) + b.ahead);
   };
   Extent now = extent_at<CHUNK, F>(b, 0, 0);
   for (size_t p = 0; p < P; ++p) decode(now, p);
@@ -124,7 +124,7 @@ void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x,
       S::store(sums, own);
       zero_sums();
       for (size_t p = 0; p < P; ++p) {
-        const F16 scale = F16::load(b.scale[first + p] + now.group * b.scale_stride);
+        const F16 scale = F16::load(b.scales(first + p, now.group));
         for (size_t t = 0; t < tokens; ++t) {
           float* to = out + (p * width + t) * LANES;
           F16 total = now.group ? F16::load(to) : F16::zero();
@@ -157,22 +157,21 @@ inline F16 odd(Pairs x) {
 template <class F>
 void multiply_one(const Panels& b, const bf16* x, float* out) {
   constexpr size_t P = BLOCK;
-  const uint8_t* panel[P];
-  const float* scale[P];
   F16 sums[P], totals[P];
-  std::copy_n(b.panel, P, panel);
-  std::copy_n(b.scale, P, scale);
   for (size_t p = 0; p < P; ++p) sums[p] = totals[p] = F16::zero();
   for (Extent e = extent_at<CHUNK, F>(b, 0, 0); e.begin < b.steps;
        e = extent_at<CHUNK, F>(b, e.end, e.group + e.closes)) {
     F16 chains[2][2][P];  // of the first or second pairs, of even or odd values
     for (size_t c = 0; c < 4 * P; ++c) chains[c / 2 / P][c / P % 2][c % P] = F16::zero();
     const bf16* at = x + e.begin / CHUNK_STEPS * CHUNK + e.begin % CHUNK_STEPS * 2;
+    const uint8_t* panel[P];
+    for (size_t p = 0; p < P; ++p) panel[p] = b.step(p, e.begin, e.group);
     for (size_t s = e.begin; s < e.end; ++s, at += 2) {
-      if (b.ahead) prefetch<P * F::bytes>(panel[0] + s * b.stride + b.ahead);
+      if (b.ahead) prefetch<P * F::bytes>(panel[0] + b.ahead);
       const Pairs values[2] = {Pairs::all(at), Pairs::all(at + HALF)};
       for (size_t p = 0; p < P; ++p) {
-        const Step w = F::load(panel[p] + s * b.stride);
+        const Step w = F::load(panel[p]);
+        panel[p] += b.stride;
         for (int half = 0; half < 2; ++half) {
           chains[half][0][p].fma(even(values[half]), even(w.pairs[half]));
           chains[half][1][p].fma(odd(values[half]), odd(w.pairs[half]));
@@ -182,7 +181,7 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
     for (size_t p = 0; p < P; ++p) {
       for (const auto& chain : chains) sums[p] = sums[p] + (chain[0][p] + chain[1][p]);
       if (!F::scaled || !e.closes) continue;
-      totals[p].fma(sums[p], F16::load(scale[p] + e.group * b.scale_stride));
+      totals[p].fma(sums[p], F16::load(b.scales(p, e.group)));
       sums[p] = F16::zero();
     }
   }

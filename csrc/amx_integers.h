@@ -9,17 +9,18 @@ namespace NS {
 
 // Sixty-four values of two panels' codes, as they lie or decoded to scratch with zeros after them.
 template <class F>
-Piece codes_of(const Panels& b, size_t first, size_t begin, size_t end, const float* const* scales, uint8_t* scratch) {
+Piece codes_of(const Panels& b, size_t first, size_t begin, size_t end, size_t group, uint8_t* scratch) {
   constexpr size_t whole = CHUNK / F::values, panel_size = CHUNK_STEPS * 64;
   if (F::vectors == 1 && end - begin == whole)
-    return {{b.panel[first] + begin * b.stride, b.panel[first + 1] + begin * b.stride}, b.stride, 0};
+    return {{b.step(first, begin, group), b.step(first + 1, begin, group)}, b.stride, 0};
   if (end - begin < whole) std::memset(scratch, 0, 2 * panel_size);
   for (size_t p = 0; p < 2; ++p) {
-    const typename F::Group group = F::group(scales[p]);
+    const typename F::Group of_group = F::group(b.scales(first + p, group));
+    const uint8_t* from = b.step(first + p, begin, group);
     uint8_t* to = scratch + p * panel_size + begin % whole * F::vectors * 64;
-    for (size_t s = begin; s < end; ++s, to += F::vectors * 64) {
+    for (size_t s = begin; s < end; ++s, from += b.stride, to += F::vectors * 64) {
       Codes w[F::vectors];
-      F::load(b.panel[first + p] + s * b.stride, group, w);
+      F::load(from, of_group, w);
       for (size_t v = 0; v < F::vectors; ++v) w[v].store(to + v * 64);
     }
   }
@@ -104,15 +105,14 @@ void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t un
   size_t turn = 0, done = tokens;
   for (Extent e = extent_at<STRETCH, F>(b, 0, 0); e.begin < b.steps;
        e = extent_at<STRETCH, F>(b, e.end, e.group + e.closes), turn ^= 1) {
-    const float* scales[2] = {b.scale[first] + e.group * b.scale_stride, b.scale[first + 1] + e.group * b.scale_stride};
     const size_t pieces = (e.end - 1) / whole - e.begin / whole + 1, share = (tokens + 4 * pieces - 1) / (4 * pieces);
     zero_sums();
     for (size_t begin = e.begin, end; begin < e.end; begin = end) {
       end = std::min((begin / whole + 1) * whole, e.end);
       if (b.ahead) {
-        for (size_t s = begin; s < end; ++s) prefetch<2 * F::bytes>(b.panel[first] + s * b.stride + b.ahead);
+        for (size_t s = begin; s < end; ++s) prefetch<2 * F::bytes>(b.step(first, s, e.group) + b.ahead);
       }
-      const Piece w = codes_of<F>(b, first, begin, end, scales, scratch);
+      const Piece w = codes_of<F>(b, first, begin, end, e.group, scratch);
       add_piece(w, x.at(begin / whole * CHUNK) + unit * CHUNK, STRETCH * x.tokens, [&] {
         const size_t until = std::min(done + share, tokens);
         rest.add(done, until);
@@ -121,7 +121,8 @@ void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t un
     }
     store_sums(sums[turn]);
     const float* power = x.power(e.begin / (STRETCH / F::values)) + unit;
-    rest = {sums[turn], {scales[0], scales[1]}, power, in_group, out, opens, e.closes, {}};
+    rest = {sums[turn], {b.scales(first, e.group), b.scales(first + 1, e.group)}, power, in_group, out, opens, e.closes,
+            {}};
     x.sums(e.begin * F::values, e.end * F::values, unit, tokens, F::offset, rest.offset);
     opens = e.closes;
     done = 0;

@@ -79,15 +79,16 @@ inline size_t tile_bytes<Fixed>(size_t tokens, size_t depth) {
   return FixedTile(nullptr, tokens, depth).bytes();
 }
 
-// Sums of P panels' steps [begin, end), which lie together, times T tokens.
+// Sums of P panels' `steps` from those at `panel` on, which lie together, times T tokens.
 template <class F, int P, int T>
-inline void add_steps(const Panels& b, size_t first, size_t begin, size_t end, const typename F::Group (&groups)[P],
+inline void add_steps(const Panels& b, const uint8_t* const* panel, size_t steps, const typename F::Group (&groups)[P],
                       const uint8_t* x, Dots (&sums)[P][T]) {
   constexpr size_t token = PLANES ? TOGETHER : FixedTile::token_bytes, step = STEP * token / TOGETHER;
-  for (size_t s = begin; s < end; ++s) {
-    if (b.ahead) prefetch<P * F::bytes>(b.panel[first] + s * b.stride + b.ahead);
+  const size_t bytes = steps * b.stride, stride = b.stride, ahead = b.ahead;
+  for (size_t at = 0; at < bytes; at += stride) {
+    if (ahead) prefetch<P * F::bytes>(panel[0] + at + ahead);
     Codes w[P][F::vectors];
-    for (int p = 0; p < P; ++p) F::load(b.panel[first + p] + s * b.stride, groups[p], w[p]);
+    for (int p = 0; p < P; ++p) F::load(panel[p] + at, groups[p], w[p]);
     for (size_t v = 0; v < F::vectors; ++v, x += step) {
       for (size_t t = 0; t < T; ++t) {
         for (int p = 0; p < P; ++p) sums[p][t].add(w[p][v], x + t * token, STRETCH * T);
@@ -106,13 +107,19 @@ inline void multiply_fixed(const Panels& b, size_t first, const FixedTile& x, F1
   }
   for (Extent e = extent_at<STRETCH, F>(b, 0, 0); e.begin < b.steps;
        e = extent_at<STRETCH, F>(b, e.end, e.group + e.closes)) {
-    const auto scales = [&](int p) { return b.scale[first + static_cast<size_t>(p)] + e.group * b.scale_stride; };
+    const float* scales[P];
     typename F::Group groups[P];
-    for (int p = 0; p < P; ++p) groups[p] = F::group(scales(p));
+    for (size_t p = 0; p < P; ++p) {
+      scales[p] = b.scales(first + p, e.group);
+      groups[p] = F::group(scales[p]);
+    }
+    if (b.ahead && e.closes) prefetch<P * PANEL * sizeof(float)>(reinterpret_cast<const uint8_t*>(scales[0]) + b.ahead);
     Dots sums[P][T] = {};
     for (size_t begin = e.begin, end; begin < e.end; begin = end) {
       end = std::min((begin / whole + 1) * whole, e.end);
-      add_steps<F, P, T>(b, first, begin, end, groups, x.at(begin * F::values), sums);
+      const uint8_t* panel[P];
+      for (size_t p = 0; p < P; ++p) panel[p] = b.step(first + p, begin, e.group);
+      add_steps<F, P, T>(b, panel, end - begin, groups, x.at(begin * F::values), sums);
     }
     const float* power = x.power(e.begin * F::values / STRETCH);
     int32_t offset[T];
@@ -121,7 +128,7 @@ inline void multiply_fixed(const Panels& b, size_t first, const FixedTile& x, F1
       for (int p = 0; p < P; ++p) {
         in_group[p][t].fma(sums[p][t].less(offset[t]), F16::all(power[t]));
         if (!e.closes) continue;
-        out[p][t].fma(in_group[p][t], F16::load(scales(p)));
+        out[p][t].fma(in_group[p][t], F16::load(scales[p]));
         in_group[p][t] = F16::zero();
       }
     }

@@ -15,38 +15,41 @@ struct Results {
   const float* at(size_t panel, size_t token) const { return values + (panel * tile + token) * LANES; }
 };
 
-// Panels whose steps are `stride` bytes apart at data.
-Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t stride, size_t ahead) {
-  Panels b = {{}, {}, w.block_panels(first), stride, w.scale_stride(first), w.steps(), w.group, ahead};
-  for (size_t p = 0; p < BLOCK; ++p) {
-    const size_t mine = std::min(p, b.count - 1);
-    b.panel[p] = data + mine * (stride / b.count);
-    b.scale[p] = w.group ? w.scales.get() + w.scale_at(first + mine) : nullptr;
-  }
+// The block that begins with panel `first`, as it lies or decoded to `data`: each step then makes `vectors`.
+template <class F>
+Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t vectors = 1) {
+  const size_t count = w.block_panels(first);
+  Panels b = {{}, count, count * F::bytes, w.steps() * vectors, w.group_steps() * vectors, w.scale_bytes(), 0};
+  for (size_t p = 0; p < BLOCK; ++p) b.panel[p] = data + std::min(p, count - 1) * F::bytes;
   return b;
 }
 
-// All steps of a block decoded, their scales left out.
+// A block with all steps decoded.
 template <class F>
-const uint8_t* decode_block(const Matrix& w, size_t first, const uint8_t* data, Buffer<uint8_t>& to) {
+Panels decode_block(const Matrix& w, size_t first, Buffer<uint8_t>& to) {
   using Decoded = typename F::Decoded;
   constexpr size_t vectors = F::values / Decoded::values;
-  const size_t count = w.block_panels(first), group_steps = (w.group + F::values - 1) / F::values;
-  uint8_t* out = to.reserve(count * w.steps() * vectors * Decoded::bytes);
-  for (size_t s = 0; s < w.steps(); ++s, out += count * vectors * Decoded::bytes) {
-    for (size_t p = 0; p < count; ++p, data += F::bytes) {
-      if constexpr (F::format == Format::fp8) {
-        const Step step = F::load(data);
-        std::memcpy(out + p * sizeof step, &step, sizeof step);
-      } else {
-        const float* scales = w.scales.get() + w.scale_at(first + p) + s / group_steps * w.scale_stride(first);
-        Codes codes[vectors];
-        F::load(data, F::group(scales), codes);
-        for (size_t v = 0; v < vectors; ++v) codes[v].store(out + (v * count + p) * Decoded::bytes);
+  const size_t count = w.block_panels(first), scales = count * w.scale_bytes();
+  const Panels b = block_of<F>(w, first, w.block(first));
+  uint8_t* out = to.reserve(w.steps() * vectors * count * Decoded::bytes + w.groups() * scales);
+  for (size_t g = 0, s = 0; s < b.steps; ++g) {
+    for (const size_t end = std::min(s + b.group_steps, b.steps); s < end;
+         ++s, out += vectors * count * Decoded::bytes) {
+      for (size_t p = 0; p < count; ++p) {
+        if constexpr (F::format == Format::fp8) {
+          const Step step = F::load(b.step(p, s, g));
+          std::memcpy(out + p * sizeof step, &step, sizeof step);
+        } else {
+          Codes codes[vectors];
+          F::load(b.step(p, s, g), F::group(b.scales(p, g)), codes);
+          for (size_t v = 0; v < vectors; ++v) codes[v].store(out + (v * count + p) * Decoded::bytes);
+        }
       }
     }
+    std::memcpy(out, b.scales(0, g), scales);
+    out += scales;
   }
-  return to.data();
+  return block_of<Decoded>(w, first, to.data(), vectors);
 }
 
 // Every block of panels [begin, end), begin at a block's start, against every tile; ``each(panel, count, token, tokens,
@@ -58,11 +61,9 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
   static thread_local Buffer<uint8_t> decoded;
   Tiles tiles;
   for (size_t first = begin; first < end; first += BLOCK) {
-    const uint8_t* data = w.data.get() + w.panel_at(first);
-    Panels panels = block_of(w, first, data, w.panel_stride(first), AHEAD);
     const auto* of_tile = static_cast<const uint8_t*>(x);
     alignas(64) float results[BLOCK * tile * LANES];
-    const auto each_tile = [&](auto format) {
+    const auto each_tile = [&](auto format, Panels panels) {
       for (size_t t = 0; t < tokens; t += tile) {
         const size_t live = std::min(tile, tokens - t);
         product<decltype(format)>(panels, live, of_tile, results, tiles);
@@ -74,15 +75,13 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
     using Decoded = typename F::Decoded;
     if constexpr (!std::is_same_v<Decoded, F>) {
       if (tokens > tile) {  // several tiles: decode once
-        constexpr size_t vectors = F::values / Decoded::values;
-        data = decode_block<F>(w, first, data, decoded);
-        panels = block_of(w, first, data, panels.count * Decoded::bytes, 0);
-        panels.steps *= vectors;
-        each_tile(Decoded());
+        each_tile(Decoded(), decode_block<F>(w, first, decoded));
         continue;
       }
     }
-    each_tile(F());
+    Panels panels = block_of<F>(w, first, w.block(first));
+    panels.ahead = AHEAD;
+    each_tile(F(), panels);
   }
 }
 

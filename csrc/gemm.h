@@ -14,28 +14,25 @@ namespace NS {
 // each element, whatever P and T are; formats with scales close a chain at the end of every group.
 template <class F, int P, int T>
 inline void multiply(const Panels& b, size_t first, const typename F::Activation* x, F16 (&out)[P][T]) {
-  const size_t stride = b.stride, scale_stride = b.scale_stride, steps = b.steps;
-  const uint8_t* panel[P];
-  const float* scale[P];
-  std::copy_n(b.panel + first, P, panel);
-  std::copy_n(b.scale + first, P, scale);
+  constexpr size_t all = SIZE_MAX;
+  const size_t stride = b.stride, ahead = b.ahead;
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }
-  const size_t in_group = F::scaled ? b.group / STEP : steps;
-  for (size_t step = 0, g = 0; step < steps; ++g) {
-    const size_t end = step + in_group < steps ? step + in_group : steps;
+  for (Extent e = extent_at<all, F>(b, 0, 0); e.begin < b.steps; e = extent_at<all, F>(b, e.end, e.group + 1)) {
+    const uint8_t* panel[P];
+    for (size_t p = 0; p < P; ++p) panel[p] = b.step(first + p, e.begin, e.group);
     F16 acc[P][T];
     for (int p = 0; p < P; ++p) {
       for (int t = 0; t < T; ++t) acc[p][t] = F16::zero();
     }
-    for (; step < end; ++step, x += STEP * T) {
-      if (b.ahead) prefetch<P * F::bytes>(panel[0] + step * stride + b.ahead);
+    const size_t bytes = (e.end - e.begin) * stride;
+    for (size_t at = 0; at < bytes; at += stride, x += STEP * T) {
+      if (ahead) prefetch<P * F::bytes>(panel[0] + at + ahead);
       if constexpr (F::format == Format::f32) {
         for (size_t k = 0; k < STEP; ++k) {
           F16 w[P];
-          for (int p = 0; p < P; ++p)
-            w[p] = F16::load(reinterpret_cast<const float*>(panel[p] + step * stride) + k * LANES);
+          for (int p = 0; p < P; ++p) w[p] = F16::load(reinterpret_cast<const float*>(panel[p] + at) + k * LANES);
           for (int t = 0; t < T; ++t) {
             const F16 b = F16::all(x[k * T + t]);
             for (int p = 0; p < P; ++p) acc[p][t].fma(w[p], b);
@@ -43,7 +40,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
         }
       } else {
         Step w[P];
-        for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + step * stride);
+        for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + at);
         for (int half = 0; half < 2; ++half) {
           for (int t = 0; t < T; ++t) {
             const Pairs b = Pairs::all(x + (half * T + t) * 2);
@@ -52,10 +49,10 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
         }
       }
     }
-    for (int p = 0; p < P; ++p) {
+    for (size_t p = 0; p < P; ++p) {
       for (int t = 0; t < T; ++t) {
         if constexpr (F::scaled) {
-          out[p][t].fma(acc[p][t], F16::load(scale[p] + g * scale_stride));
+          out[p][t].fma(acc[p][t], F16::load(b.scales(first + p, e.group)));
         } else {
           out[p][t] = acc[p][t];
         }

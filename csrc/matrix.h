@@ -8,8 +8,9 @@
 //   step:   bf16, fp8: 16 rows x 4 values, in pairs (see formats.h)
 //           int8: the 4 values of row 0, of row 1, ..., each plus 128
 //           int4: the same with values 0 to 3 in the low and 4 to 7 in the high halves, each plus 8
-//   scales: the same with a group of `group` values in the place of a step; value = scale * what the step decodes to.
-//           Where int4 has zero points, the 16 scales of a group are followed by its 16 zeros as bytes.
+//   scales: after the steps of each group of `group` values, 16 floats of panel 0, of panel 1, ...; value = scale *
+//   what
+//           the step decodes to. Where int4 has zero points, a panel's scales are followed by its 16 zeros as bytes.
 #pragma once
 
 #include <algorithm>
@@ -102,20 +103,26 @@ struct Matrix {
   size_t group = 0;    // values that share a scale; 0 without scales
   bool zeros = false;  // int4 with a zero point beside each scale
   std::shared_ptr<uint8_t> data;
-  std::shared_ptr<float> scales;
 
   size_t panels() const { return (rows + PANEL - 1) / PANEL; }
   size_t steps() const { return (depth + step_values(format) - 1) / step_values(format); }
+  size_t group_steps() const { return group ? (group + step_values(format) - 1) / step_values(format) : steps(); }
   size_t groups() const { return group ? (depth + group - 1) / group : 0; }
-  size_t panel_bytes() const { return steps() * step_bytes(format); }
-  // Panels of the block that panel p belongs to.
-  size_t block_panels(size_t p) const { return std::min(BLOCK, panels() - p / BLOCK * BLOCK); }
-  // What a panel holds for each group, in floats.
-  size_t group_floats() const { return zeros ? PANEL + PANEL / 4 : PANEL; }
-  // First step of panel p, and from one step to the next; the same for scales, in floats.
-  size_t panel_at(size_t p) const { return p / BLOCK * BLOCK * panel_bytes() + p % BLOCK * step_bytes(format); }
-  size_t panel_stride(size_t p) const { return block_panels(p) * step_bytes(format); }
-  size_t scale_at(size_t p) const { return (p / BLOCK * BLOCK * groups() + p % BLOCK) * group_floats(); }
-  size_t scale_stride(size_t p) const { return block_panels(p) * group_floats(); }
-  size_t bytes() const { return panels() * (panel_bytes() + groups() * group_floats() * sizeof(float)); }
+  size_t panel_bytes() const { return steps() * step_bytes(format) + groups() * scale_bytes(); }
+  // What a panel holds for each group besides its steps.
+  size_t scale_bytes() const { return group ? PANEL * sizeof(float) + (zeros ? PANEL : 0) : 0; }
+  size_t bytes() const { return panels() * panel_bytes(); }
+  // The block that begins with panel p, a multiple of BLOCK.
+  uint8_t* block(size_t p) const { return data.get() + p * panel_bytes(); }
+  size_t block_panels(size_t p) const { return std::min(BLOCK, panels() - p); }
+  // Step s of any panel p, and the scales of its group g.
+  uint8_t* step(size_t p, size_t s) const {
+    const size_t in_block = p % BLOCK, first = p - in_block, before = s * block_panels(first) + in_block;
+    return block(first) + before * step_bytes(format) + s / group_steps() * block_panels(first) * scale_bytes();
+  }
+  uint8_t* scales(size_t p, size_t g) const {
+    const size_t in_block = p % BLOCK, first = p - in_block, before = g * block_panels(first) + in_block;
+    const size_t end = std::min((g + 1) * group_steps(), steps());
+    return block(first) + end * block_panels(first) * step_bytes(format) + before * scale_bytes();
+  }
 };

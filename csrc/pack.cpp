@@ -14,37 +14,36 @@ size_t pair_place(size_t r, size_t k) { return k / 2 * 2 * PANEL + 2 * r + k % 2
 
 template <class T>
 void pack_panel(const Source& s, Matrix& m, size_t p) {
-  uint8_t* out = m.data.get() + m.panel_at(p);
-  const size_t stride = m.panel_stride(p), values = step_values(m.format);
-  for (size_t step = 0; step < m.steps(); ++step) std::memset(out + step * stride, 0, step_bytes(m.format));
-  const auto* data = static_cast<const T*>(s.data);
-  for (size_t r = 0; r < PANEL && p * PANEL + r < m.rows; ++r) {
-    const T* row = data + (p * PANEL + r) * m.depth;
-    for (size_t k = 0; k < m.depth; ++k) {
-      uint8_t* step = out + k / values * stride;
-      uint8_t& byte = step[r * STEP + k % STEP];
-      if (m.format == Format::int4)
-        byte = static_cast<uint8_t>(byte | (static_cast<int>(row[k]) + INT4_OFFSET) << (k % values < STEP ? 0 : 4));
-      else if (m.format == Format::int8)
-        byte = static_cast<uint8_t>(static_cast<int>(row[k]) + INT8_OFFSET);
-      else if (m.format == Format::fp8)
-        step[byte_place(pair_place(r, k % STEP))] = static_cast<uint8_t>(row[k]);
-      else
-        reinterpret_cast<T*>(step)[m.format == Format::f32 ? k % STEP * PANEL + r : pair_place(r, k % STEP)] = row[k];
+  const size_t values = step_values(m.format), live = std::min(PANEL, m.rows - p * PANEL);
+  for (size_t i = 0; i < m.steps(); ++i) {
+    uint8_t* step = m.step(p, i);
+    std::memset(step, 0, step_bytes(m.format));
+    const size_t first = i * values, count = std::min(values, m.depth - first);
+    for (size_t r = 0; r < live; ++r) {
+      const T* row = static_cast<const T*>(s.data) + (p * PANEL + r) * m.depth + first;
+      for (size_t k = 0; k < count; ++k) {
+        uint8_t& byte = step[r * STEP + k % STEP];
+        if (m.format == Format::int4)
+          byte = static_cast<uint8_t>(byte | (static_cast<int>(row[k]) + INT4_OFFSET) << (k < STEP ? 0 : 4));
+        else if (m.format == Format::int8)
+          byte = static_cast<uint8_t>(static_cast<int>(row[k]) + INT8_OFFSET);
+        else if (m.format == Format::fp8)
+          step[byte_place(pair_place(r, k))] = static_cast<uint8_t>(row[k]);
+        else
+          reinterpret_cast<T*>(step)[m.format == Format::f32 ? k * PANEL + r : pair_place(r, k)] = row[k];
+      }
     }
   }
 }
 
 void pack_scales(const Source& s, Matrix& m, size_t p) {
-  float* out = m.scales.get() + m.scale_at(p);
-  const size_t stride = m.scale_stride(p);
   for (size_t g = 0; g < m.groups(); ++g) {
+    uint8_t* out = m.scales(p, g);
     for (size_t r = 0; r < PANEL; ++r) {
       const size_t row = p * PANEL + r, from = row / s.scale_rows * m.groups() + g;
-      out[g * stride + r] = row < m.rows ? s.scales[from] : 0.0f;
-      if (!s.zeros) continue;
-      auto* zeros = reinterpret_cast<uint8_t*>(out + g * stride + PANEL);
-      zeros[r] = static_cast<uint8_t>(row < m.rows ? ZERO_POINT - s.zeros[from] : 0);
+      const float scale = row < m.rows ? s.scales[from] : 0.0f;
+      std::memcpy(out + r * sizeof scale, &scale, sizeof scale);
+      if (s.zeros) out[PANEL * sizeof scale + r] = static_cast<uint8_t>(row < m.rows ? ZERO_POINT - s.zeros[from] : 0);
     }
   }
 }
@@ -82,10 +81,7 @@ std::shared_ptr<Matrix> pack(const Source& s) {
   m->depth = s.depth;
   m->group = is_scaled(s.format) ? s.group : 0;
   m->zeros = s.zeros != nullptr;
-  m->data = share(m->panels() * m->panel_bytes());
-  if (m->group)
-    m->scales =
-        std::reinterpret_pointer_cast<float>(share(m->panels() * m->groups() * m->group_floats() * sizeof(float)));
+  m->data = share(m->bytes());
   pool::each(m->panels(), 4, s.threads, [&](size_t begin, size_t end) {
     for (size_t p = begin; p < end; ++p) {
       switch (s.format) {
