@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "best.h"
 #include "e4m3.h"
 #include "gemm.h"
 #include "table.h"
@@ -71,13 +72,13 @@ void keep_best(const float* scores, size_t at, size_t live, size_t keep, IndexQu
     if (!any) continue;
     for (size_t i = p; i < end; ++i) {
       const uint64_t rank = ranked(scores[i], static_cast<uint32_t>(at + i));
-      if (rank > token.threshold) token.best[token.found++] = rank;
+      token.best[token.found] = rank;
+      token.found += rank > token.threshold;
     }
   }
   if (token.found <= 2 * keep) return;
-  std::nth_element(token.best, token.best + keep - 1, token.best + token.found, std::greater<>());
+  token.threshold = keep_largest(token.best, token.found, keep);
   token.found = keep;
-  token.threshold = token.best[keep - 1];
   token.floor = score_of(token.threshold);
 }
 

@@ -12,8 +12,6 @@
 namespace NS {
 namespace {
 
-constexpr size_t ROWS = 4;  // rows scored together
-
 // What differs between pools of float and of bfloat16: 32 values of a row against 32 of a query, and of two rows.
 struct Float {
   using Value = float;
@@ -78,36 +76,40 @@ void load_query(const MlaArgs& a, size_t head, V* to) {
 }
 
 // scores[h][i] = scale * q[h] . row i
-template <class E, int H>
+template <class E, size_t H>
 void score_heads(const MlaArgs& a, const typename E::Value* q, size_t begin, size_t end, float* scores) {
   using Value = typename E::Value;
+  constexpr size_t ROWS = H == 8 ? 2 : 4, FETCHED = 8;  // rows scored together, and fetched ahead
   const size_t stride = a.layout.stride(), padded = a.padded();
   for (size_t i = begin; i < end; i += ROWS) {
-    const Value* row[ROWS];
-    for (size_t r = 0; r < ROWS; ++r) row[r] = row_of<Value>(a, i + r);
-    if (i + ROWS < end) {
-      for (size_t r = 0; r < ROWS; ++r) {
-        const auto* next = reinterpret_cast<const char*>(row_of<Value>(a, i + ROWS + r));
-        for (size_t line = 0; line < stride * sizeof(Value); line += 64) __builtin_prefetch(next + line);
-      }
+    const Value *row[ROWS], *later[ROWS];
+    for (size_t r = 0; r < ROWS; ++r) {
+      row[r] = row_of<Value>(a, i + r);
+      later[r] = row_of<Value>(a, i + FETCHED + r);
     }
     F16 acc[H][ROWS];
     for (auto& of_head : acc) {
       for (F16& s : of_head) s = F16::zero();
     }
     for (size_t z = 0; z < stride; z += ROW_PAD) {
-      for (int h = 0; h < H; ++h) {
+      for (size_t r = 0; r < ROWS; ++r) __builtin_prefetch(later[r] + z);
+      for (size_t h = 0; h < H; ++h) {
         for (size_t r = 0; r < ROWS; ++r) E::dot(acc[h][r], row[r] + z, q + h * stride + z);
       }
     }
-    for (int h = 0; h < H; ++h) sum_four(acc[h], a.scale, scores + h * padded + i);
+    for (size_t h = 0; h < H; h += 4 / ROWS) {
+      float four[4];
+      sum_four(acc[h], a.scale, four);
+      for (size_t k = 0; k < 4; ++k) scores[(h + k / ROWS) * padded + i + k % ROWS] = four[k];
+    }
   }
 }
 
-// Calls of<H>(h) for all heads, four at a time as long as there are.
+// Calls of<H>(h) for all heads, eight at a time as long as there are.
 template <class Of>
 void by_heads(size_t heads, Of of) {
   size_t h = 0;
+  for (; h + 8 <= heads; h += 8) of(std::integral_constant<int, 8>(), h);
   for (; h + 4 <= heads; h += 4) of(std::integral_constant<int, 4>(), h);
   for (; h + 2 <= heads; h += 2) of(std::integral_constant<int, 2>(), h);
   for (; h < heads; ++h) of(std::integral_constant<int, 1>(), h);
@@ -152,7 +154,7 @@ template <class E, int H>
 void mix_heads(const MlaArgs& a, const typename E::Value* p, const float* inverse, size_t begin, size_t end,
                float* out) {
   using Value = typename E::Value;
-  constexpr size_t BLOCKS = 2;  // of 32 values
+  constexpr size_t BLOCKS = H == 8 ? 1 : 2;  // of 32 values
   const size_t padded = a.padded();
   for (size_t c = begin; c < end; c += BLOCKS * ROW_PAD) {
     const size_t blocks = c + ROW_PAD < end ? BLOCKS : 1;

@@ -346,7 +346,7 @@ inline float sum(const F16& x) {
 }
 
 // The sums of four vectors, each as ``sum`` or, where a set has shuffles for it, in an order of its own.
-inline void sum_four(const F16 (&x)[4], float scale, float* out) {
+inline void sum_four(const F16* x, float scale, float* out) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));

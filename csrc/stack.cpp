@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "best.h"
 #include "pool.h"
 
 namespace {
@@ -320,18 +321,17 @@ void Stack::search(size_t index, const Batch& b, Cache& cache, size_t width, siz
   for (size_t i = 0; i < count; ++i) to.found[tokens[i]] = queries[i].found;
 }
 
-// The best of the candidates, or all rows where they are no more than that; by position, as rows of the cache.
+// The best of the candidates, which stand by position, or all rows where they are no more than that; as rows of the
+// cache.
 void Stack::choose(const Batch& b, size_t t, std::vector<uint64_t>& candidates, Selection& s) {
   const size_t visible = static_cast<size_t>(b.positions[t]) + 1, count = std::min(visible, top_k);
   const int32_t* table = b.tables + static_cast<size_t>(b.seqs[t]) * b.table_width;
   int32_t* out = s.ids.data() + t * s.width;
   s.counts.data()[t] = static_cast<int32_t>(count);
   if (visible > top_k) {
-    std::nth_element(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(count) - 1, candidates.end(),
-                     std::greater<>());
+    if (candidates.size() > count) keep_largest(candidates.data(), candidates.size(), count);
     for (size_t i = 0; i < count; ++i)
       out[i] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(candidates[i]));
-    std::sort(out, out + count);
   } else {
     for (size_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(i);
   }

@@ -107,7 +107,7 @@ struct IndexArgs {
 };
 
 // One token's part in it: q is tiled with heads in the place of tokens; positions before `end` are visible. `best` has
-// room for 2 * keep + 64: (score, position) in one number, `found` of them, unordered.
+// room for 2 * keep + 64: (score, position) in one number, `found` of them by position.
 struct IndexQuery {
   const void* q;
   const float* weights;
