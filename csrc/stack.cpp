@@ -12,7 +12,8 @@ namespace {
 
 constexpr size_t KEY_BLOCK = 64;  // positions the indexer scores together
 constexpr size_t NEIGHBOURS = 8;  // tokens whose searches read the keys together
-constexpr size_t SHARED = 65536;  // bytes of activations from which on threads share the rounding
+constexpr size_t SHARED = 65536;  // bytes of weights or of activations to be rounded from which on threads share them
+constexpr size_t FEW_ROWS = 262144;  // bytes of selected rows up to which threads share heads, and each reads all rows
 
 // Floats from one token to the next where n are in use: rows a power of two apart share few places of a cache.
 size_t spaced(size_t n) { return n % 256 ? n : n + 16; }
@@ -69,9 +70,12 @@ const void* Stack::tiled(const Matrix& w, const float* x, size_t stride, size_t 
 
 // Several products with the same tokens as one range of work.
 void Stack::products(const std::vector<Product>& list, size_t tokens) {
-  size_t units = 0;
-  for (const Product& p : list) units += blocks(p.w->panels(), BLOCK);
-  pool::each(units, 1, threads, [&](size_t begin, size_t end) {
+  size_t units = 0, bytes = 0;
+  for (const Product& p : list) {
+    units += blocks(p.w->panels(), BLOCK);
+    bytes += p.w->bytes() * tokens;
+  }
+  pool::each(units, bytes < SHARED ? units : 1, threads, [&](size_t begin, size_t end) {
     size_t first = 0;
     for (const Product& p : list) {
       const size_t count = blocks(p.w->panels(), BLOCK);
@@ -349,42 +353,58 @@ void Stack::attend(const Layer& l, size_t index, const Batch& b, Cache& cache, c
   const size_t c_stride = spaced(H * C), v_stride = spaced(H * d.value);
   float *absorbed = q_absorbed_.reserve(T * c_stride), *latent = o_latent_.reserve(T * c_stride),
         *o = o_.reserve(T * v_stride);
-  // One product for each head, its tokens tiled by whoever computes it.
-  const auto per_head = [&](const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride,
-                            float* y, size_t y_head, size_t y_stride) {
-    pool::each(H, 1, threads, [&](size_t begin, size_t end) {
-      static thread_local Buffer<uint8_t> tile;
-      for (size_t i = begin; i < end; ++i) {
-        const Matrix& w = *weights[i];
-        const Rounding r = rounding_of(w.format);
-        uint8_t* tiles = tile.reserve(table_.gemm.tiled_bytes(r, T, w.depth));
-        table_.gemm.tile(r, x + i * x_head, x_stride, nullptr, T, w.depth, tiles, 0, table_.gemm.num_tiles(r, T));
-        table_.gemm.linear(w, tiles, T, y + i * y_head, y_stride, 0, w.panels());
-      }
-    });
+  const auto absorb = [&](size_t begin, size_t end) {
+    by_head(l.key, q_.data(), head, width, T, absorbed, C, c_stride, begin, end);
   };
-  per_head(l.key, q_.data(), head, width, absorbed, C, c_stride);
+  const auto bring_back = [&](size_t begin, size_t end) {
+    by_head(l.value, latent, C, c_stride, T, o, d.value, v_stride, begin, end);
+  };
   const float scale = 1.0f / std::sqrt(static_cast<float>(head));
-  const auto args = [&](size_t t) {
+  const auto args = [&](size_t t, size_t begin, size_t end) {
     return MlaArgs{cache.layout,
                    cache.rows(index),
-                   H,
+                   end - begin,
                    head,
-                   absorbed + t * c_stride,
-                   q_.data() + t * width + d.nope,
+                   absorbed + t * c_stride + begin * C,
+                   q_.data() + t * width + begin * head + d.nope,
                    s.ids.data() + t * s.width,
                    static_cast<size_t>(s.counts.data()[t]),
                    scale};
   };
+  const auto alone = [&](const MlaArgs& a, float* out) {
+    static thread_local AttentionScratch scratch;
+    attend(a, 1, scratch, out);
+  };
+  if (T < threads && s.width * cache.layout.bytes() <= FEW_ROWS) {
+    pool::each(H, blocks(H, threads), threads, [&](size_t begin, size_t end) {
+      absorb(begin, end);
+      for (size_t t = 0; t < T; ++t) alone(args(t, begin, end), latent + t * c_stride + begin * C);
+      bring_back(begin, end);
+    });
+    return;
+  }
+  pool::each(H, 1, threads, absorb);
   if (T >= threads) {
     pool::each(T, 1, threads, [&](size_t begin, size_t end) {
-      static thread_local AttentionScratch own;
-      for (size_t t = begin; t < end; ++t) attend(args(t), 1, own, latent + t * c_stride);
+      for (size_t t = begin; t < end; ++t) alone(args(t, 0, H), latent + t * c_stride);
     });
   } else {
-    for (size_t t = 0; t < T; ++t) attend(args(t), threads, attention_, latent + t * c_stride);
+    for (size_t t = 0; t < T; ++t) attend(args(t, 0, H), threads, attention_, latent + t * c_stride);
   }
-  per_head(l.value, latent, C, c_stride, o, d.value, v_stride);
+  pool::each(H, 1, threads, bring_back);
+}
+
+// One product for each of the heads [begin, end): x [T, H, depth] by its own weights to y.
+void Stack::by_head(const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride, size_t tokens,
+                    float* y, size_t y_head, size_t y_stride, size_t begin, size_t end) {
+  static thread_local Buffer<uint8_t> tile;
+  for (size_t i = begin; i < end; ++i) {
+    const Matrix& w = *weights[i];
+    const Rounding r = rounding_of(w.format);
+    uint8_t* tiles = tile.reserve(table_.gemm.tiled_bytes(r, tokens, w.depth));
+    table_.gemm.tile(r, x + i * x_head, x_stride, nullptr, tokens, w.depth, tiles, 0, table_.gemm.num_tiles(r, tokens));
+    table_.gemm.linear(w, tiles, tokens, y + i * y_head, y_stride, 0, w.panels());
+  }
 }
 
 // One token's attention by that many threads: out [H, C].

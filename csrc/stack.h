@@ -145,6 +145,8 @@ class Stack {
   void select(size_t index, const Batch& b, Cache& cache, Selection& s, size_t width);
   void search(size_t index, const Batch& b, Cache& cache, size_t width, size_t first, size_t last, const Search& to);
   void choose(const Batch& b, size_t t, std::vector<uint64_t>& candidates, Selection& s);
+  void by_head(const std::vector<Weights>& weights, const float* x, size_t x_head, size_t x_stride, size_t tokens,
+               float* y, size_t y_head, size_t y_stride, size_t begin, size_t end);
   void attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width);
   void attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out);
   void dense(const Expert& e, size_t tokens, float* x);
