@@ -1,9 +1,10 @@
 """Decode speed of one sequence, against the memory it must read: every format, one and two threads, several contexts.
 
-    python -m bench.decode MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--steps 32]
+    python -m bench.decode MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--steps 64]
 
 The bound of a token: bytes of the weights it multiplies (its own experts only), of the rows it attends to and of the
-index keys it scores, over the read bandwidth measured in the same run, before and after the timed steps.
+index keys it scores, over the read bandwidth. That is measured anew around every few steps, for a virtual machine's
+cores may be moved: what is printed are medians over these rounds, the share among them.
 """
 
 import argparse
@@ -13,14 +14,16 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.common import finish, read_bandwidth
 from glm52.cache import Spans
 from glm52.config import GLMConfig
 from glm52.load import load
-from glm52.native import NativeGLM
+from glm52.native import NativeCache, NativeGLM
 
 SCALED = {"int8": 1 + 4 / 128, "int4": 0.5 + 4 / 64, "fp8": 1 + 4 / 128}
+STEPS = 8  # of each context between two measurements of bandwidth
 BYTES = {"f32": 4.0, "bf16": 2.0} | SCALED
 
 
@@ -41,16 +44,24 @@ def bytes_per_token(config: GLMConfig, fmt: str, context: int) -> float:
 
 
 @torch.inference_mode()
-def decode_seconds(model: NativeGLM, contexts: list[int], steps: int) -> dict[int, float]:
-    """Median seconds of a step at each context, the contexts interleaved; the prompt is really computed."""
-    longest = max(contexts) + steps + 8
+def prompt(model: NativeGLM, contexts: list[int], steps: int) -> tuple[Tensor, NativeCache]:
+    """Random tokens and a cache that holds all but the last of them, really computed."""
+    longest = max(contexts) + steps
     cache = model.new_cache(-(-longest // 64) * 64)
     ids = torch.randint(2, model.config.vocab_size - 2, (longest,), generator=torch.Generator().manual_seed(0))
     for begin in range(0, max(contexts), 512):
         end = min(begin + 512, max(contexts))
         model(ids[begin:end], Spans.of_sequence(begin, end), cache)
+    return ids, cache
+
+
+@torch.inference_mode()
+def decode_seconds(
+    model: NativeGLM, ids: Tensor, cache: NativeCache, contexts: list[int], steps: range
+) -> dict[int, float]:
+    """Median seconds of a step at each context, the contexts interleaved."""
     times: dict[int, list[float]] = {c: [] for c in contexts}
-    for step in range(steps):
+    for step in steps:
         for context in contexts:
             at = context + step
             spans = Spans.of_sequence(at, at + 1)
@@ -66,7 +77,7 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,int8,int4")
     parser.add_argument("--contexts", default="128,4096")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=64, help="a multiple of 8")
     args = parser.parse_args()
     contexts = [int(c) for c in args.contexts.split(",")]
     results = []
@@ -75,20 +86,25 @@ def main() -> None:
         model = NativeGLM(source, fmt, threads=2)
         del source
         gc.freeze()
+        ids, cache = prompt(model, contexts, args.steps)
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
             model.threads = threads
-            before = read_bandwidth(threads)
-            seconds = decode_seconds(model, contexts, args.steps)
-            bandwidth = (before + read_bandwidth(threads)) / 2
+            rounds = []
+            for first in range(0, args.steps, STEPS):
+                before = read_bandwidth(threads, repeats=1)
+                seconds = decode_seconds(model, ids, cache, contexts, range(first, first + STEPS))
+                rounds.append((seconds, (before + read_bandwidth(threads, repeats=1)) / 2))
             for context in contexts:
                 wanted = bytes_per_token(model.config, fmt, context)
-                bound = wanted / bandwidth
-                print(f"{fmt:<5} {threads} threads, context {context:>6}: {seconds[context] * 1e3:7.2f} ms  "
-                      f"{1 / seconds[context]:6.0f} tokens/s   bound {bound * 1e3:6.2f} ms ({wanted / 1e6:.0f} MB at "
-                      f"{bandwidth / 1e9:.1f} GB/s)   {bound / seconds[context]:.0%} of it", flush=True)  # fmt: skip
-                results.append({"format": fmt, "threads": threads, "context": context, "seconds": seconds[context],
-                                "bytes": wanted, "bandwidth": bandwidth})  # fmt: skip
+                took = statistics.median(seconds[context] for seconds, _ in rounds)
+                bandwidth = statistics.median(speed for _, speed in rounds)
+                share = statistics.median(wanted / speed / seconds[context] for seconds, speed in rounds)
+                print(f"{fmt:<5} {threads} threads, context {context:>6}: {took * 1e3:7.2f} ms  "
+                      f"{1 / took:6.0f} tokens/s   bound {wanted / bandwidth * 1e3:6.2f} ms ({wanted / 1e6:.0f} MB at "
+                      f"{bandwidth / 1e9:.1f} GB/s)   {share:.0%} of it", flush=True)  # fmt: skip
+                results.append({"format": fmt, "threads": threads, "context": context, "seconds": took,
+                                "bytes": wanted, "bandwidth": bandwidth, "share": share})  # fmt: skip
     finish({"model": args.model.name, "results": results})
 
 

@@ -142,7 +142,7 @@ void fixed_of(const Panels& b, const FixedTile& x, float* out) {
 
 // Tokens that are multiplied by vectors; the matrix unit, where there is one, takes more at once and gives the same
 // bits.
-constexpr size_t MOST_BY_VECTORS = MATRIX_UNIT<Fixed> ? 5 : 8;
+constexpr size_t MOST_BY_VECTORS = MATRIX_UNIT<Fixed> ? 5 : TILE<Fixed>;
 
 // As many panels as there are registers for their sums.
 template <class F>
@@ -156,14 +156,8 @@ void by_vectors(const Panels& b, const FixedTile& x, float* out) {
       return fixed_of<F, 4, 3>(b, x, out);
     case 4:
       return fixed_of<F, 2, 4>(b, x, out);
-    case 5:
-      return fixed_of<F, 2, 5>(b, x, out);
-    case 6:
-      return fixed_of<F, 2, 6>(b, x, out);
-    case 7:
-      return fixed_of<F, 1, 7>(b, x, out);
     default:
-      return fixed_of<F, 1, 8>(b, x, out);
+      return fixed_of<F, 2, 5>(b, x, out);
   }
 }
 

@@ -24,6 +24,16 @@ Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t vecto
   return b;
 }
 
+// Whether a block is decoded to memory before several tiles are multiplied with it: not where vectors decode and
+// multiply in less time than they would load what is decoded.
+#if defined(__AVX512VBMI__)
+template <class F>
+constexpr bool DECODES_ONCE = !std::is_same_v<typename F::Decoded, F> && MATRIX_UNIT<typename F::Activation>;
+#else
+template <class F>
+constexpr bool DECODES_ONCE = !std::is_same_v<typename F::Decoded, F>;
+#endif
+
 // A block with all steps decoded.
 template <class F>
 Panels decode_block(const Matrix& w, size_t first, Buffer<uint8_t>& to) {
@@ -72,10 +82,9 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
         of_tile += tile_bytes<Activation>(live, w.depth);
       }
     };
-    using Decoded = typename F::Decoded;
-    if constexpr (!std::is_same_v<Decoded, F>) {
+    if constexpr (DECODES_ONCE<F>) {
       if (tokens > tile) {  // several tiles: decode once
-        each_tile(Decoded(), decode_block<F>(w, first, decoded));
+        each_tile(typename F::Decoded(), decode_block<F>(w, first, decoded));
         continue;
       }
     }

@@ -68,7 +68,7 @@ inline void prefetch(const uint8_t* p) {
 // Tokens that one pass over a block multiplies at most, and what their depth is padded to.
 template <class Activation>
 constexpr size_t TILE = MATRIX_UNIT<Activation>             ? 32
-                        : std::is_same_v<Activation, Fixed> ? 8
+                        : std::is_same_v<Activation, Fixed> ? 4
                                                             : 12;
 template <class Activation>
 constexpr size_t TILE_DEPTH = MATRIX_UNIT<Activation> ? 64 : STEP;
