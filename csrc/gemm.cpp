@@ -19,7 +19,7 @@ struct Results {
 template <class F>
 Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t vectors = 1) {
   const size_t count = w.block_panels(first);
-  Panels b = {{}, count, count * F::bytes, w.steps() * vectors, w.group_steps() * vectors, w.scale_bytes(), 0};
+  Panels b = {{}, count, count * F::bytes, w.steps() * vectors, w.group_steps() * vectors, w.scale_bytes(), false};
   for (size_t p = 0; p < BLOCK; ++p) b.panel[p] = data + std::min(p, count - 1) * F::bytes;
   return b;
 }
@@ -78,7 +78,7 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
         const size_t live = std::min(tile, tokens - t);
         product<decltype(format)>(panels, live, of_tile, results, tiles);
         each(first, panels.count, t, live, Results{results, tile});
-        panels.ahead = 0;  // which has been asked for
+        panels.ahead = false;
         of_tile += tile_bytes<Activation>(live, w.depth);
       }
     };
@@ -89,7 +89,7 @@ void walk(const Matrix& w, const void* x, size_t tokens, size_t begin, size_t en
       }
     }
     Panels panels = block_of<F>(w, first, w.block(first));
-    panels.ahead = AHEAD;
+    panels.ahead = true;
     each_tile(F(), panels);
   }
 }

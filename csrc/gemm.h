@@ -15,7 +15,8 @@ namespace NS {
 template <class F, int P, int T>
 inline void multiply(const Panels& b, size_t first, const typename F::Activation* x, F16 (&out)[P][T]) {
   constexpr size_t all = SIZE_MAX;
-  const size_t stride = b.stride, ahead = b.ahead;
+  const size_t stride = b.stride;
+  const bool ahead = b.ahead;
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }
@@ -28,7 +29,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
     }
     const size_t bytes = (e.end - e.begin) * stride;
     for (size_t at = 0; at < bytes; at += stride, x += STEP * T) {
-      if (ahead) prefetch<P * F::bytes>(panel[0] + at + ahead);
+      if (ahead) prefetch<P * F::bytes>(panel[0] + at + AHEAD<P>);
       if constexpr (F::format == Format::f32) {
         for (size_t k = 0; k < STEP; ++k) {
           F16 w[P];

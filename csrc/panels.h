@@ -14,10 +14,11 @@ namespace NS {
 
 // A block of weights or of keys: first steps of `count` panels, the last of which stands in for those missing; `stride`
 // bytes lie between two steps of a panel. Where there are scales, `group_steps` steps share those after them,
-// `scale_bytes` for each panel. `ahead` bytes on is what will be read soon; 0 where that is not known.
+// `scale_bytes` for each panel. `ahead`: what follows will be read soon, and is not on its way yet.
 struct Panels {
   const uint8_t* panel[BLOCK];
-  size_t count, stride, steps, group_steps, scale_bytes, ahead;
+  size_t count, stride, steps, group_steps, scale_bytes;
+  bool ahead;
 
   // Step s of panel p, which lies in that group.
   const uint8_t* step(size_t p, size_t s, size_t group) const {
@@ -55,10 +56,14 @@ constexpr bool MATRIX_UNIT = false;
 struct Tiles {};  // nothing to keep
 #endif
 
-// How far ahead of a product its weights are fetched, and into which cache: as measured, on Zen 5 without and on
-// Sapphire Rapids with the matrix unit, whose first cache has too few places for lines on their way.
+// How many bytes ahead of a product its weights are fetched, and into which cache: as measured, on Zen 5 without and on
+// Sapphire Rapids with the matrix unit, whose first cache has too few places for lines on their way. A pass over fewer
+// panels than a block has skips what lies between, so its way is longer.
 constexpr bool TO_SECOND = MATRIX_UNIT<bf16>;
-constexpr size_t AHEAD = TO_SECOND ? 8192 : 4096;
+template <int P>
+constexpr size_t AHEAD = TO_SECOND    ? 8192
+                         : P == BLOCK ? 4096
+                                      : 16384;
 
 template <size_t BYTES>
 inline void prefetch(const uint8_t* p) {

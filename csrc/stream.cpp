@@ -10,7 +10,7 @@ float read(const float* data, size_t begin, size_t end) {
   for (F16& s : sums) s = F16::zero();
   size_t i = begin;
   for (; i + 8 * LANES <= end; i += 8 * LANES) {
-    prefetch<8 * LANES * sizeof(float)>(reinterpret_cast<const uint8_t*>(data + i) + AHEAD);
+    prefetch<8 * LANES * sizeof(float)>(reinterpret_cast<const uint8_t*>(data + i) + AHEAD<BLOCK>);
     for (size_t k = 0; k < 8; ++k) sums[k] = F16::max(sums[k], F16::load(data + i + k * LANES));
   }
   F16 all = sums[0];
