@@ -1,6 +1,6 @@
 """Decode speed of one sequence, against the memory it must read: every format, one and two threads, several contexts.
 
-    python -m bench.decode MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--steps 64]
+    python -m bench.decode MODEL [--formats bf16,int8,int4] [--contexts 128,4096] [--threads 1,2] [--rounds 8]
 
 The bound of a token: bytes of the weights it multiplies (its own experts only), of the rows it attends to and of the
 index keys it scores, over the read bandwidth. That is measured anew around every few steps, for a virtual machine's
@@ -45,7 +45,7 @@ def bytes_per_token(config: GLMConfig, fmt: str, context: int) -> float:
 
 @torch.inference_mode()
 def prompt(model: NativeGLM, contexts: list[int], steps: int) -> tuple[Tensor, NativeCache]:
-    """Random tokens and a cache that holds all but the last of them, really computed."""
+    """Random tokens and a cache that holds all but the last ``steps`` of them, really computed."""
     longest = max(contexts) + steps
     cache = model.new_cache(-(-longest // 64) * 64)
     ids = torch.randint(2, model.config.vocab_size - 2, (longest,), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,int8,int4")
     parser.add_argument("--contexts", default="128,4096")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--steps", type=int, default=64, help="a multiple of 8")
+    parser.add_argument("--rounds", type=int, default=8, help=f"of {STEPS} steps at each context")
     args = parser.parse_args()
     contexts = [int(c) for c in args.contexts.split(",")]
     results = []
@@ -86,15 +86,16 @@ def main() -> None:
         model = NativeGLM(source, fmt, threads=2)
         del source
         gc.freeze()
-        ids, cache = prompt(model, contexts, args.steps)
+        ids, cache = prompt(model, contexts, args.rounds * STEPS)
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
             model.threads = threads
-            rounds = []
-            for first in range(0, args.steps, STEPS):
-                before = read_bandwidth(threads, repeats=1)
+            rounds, before = [], read_bandwidth(threads, repeats=1)
+            for first in range(0, args.rounds * STEPS, STEPS):
                 seconds = decode_seconds(model, ids, cache, contexts, range(first, first + STEPS))
-                rounds.append((seconds, (before + read_bandwidth(threads, repeats=1)) / 2))
+                after = read_bandwidth(threads, repeats=1)
+                rounds.append((seconds, (before + after) / 2))
+                before = after
             for context in contexts:
                 wanted = bytes_per_token(model.config, fmt, context)
                 took = statistics.median(seconds[context] for seconds, _ in rounds)

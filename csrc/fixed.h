@@ -142,9 +142,8 @@ void fixed_of(const Panels& b, const FixedTile& x, float* out) {
   each_panels<Fixed, P, T>(b, out, [&](size_t at, F16(&y)[P][T]) { multiply_fixed<F, P, T>(b, at, x, y); });
 }
 
-// Tokens that are multiplied by vectors; the matrix unit, where there is one, takes more at once and gives the same
-// bits.
-constexpr size_t MOST_BY_VECTORS = MATRIX_UNIT<Fixed> ? 5 : TILE<Fixed>;
+// Tokens that are multiplied by vectors where there is a matrix unit, which takes more at once and gives the same bits.
+constexpr size_t MOST_BY_VECTORS = 5;
 
 // As many panels as there are registers for their sums.
 template <class F>

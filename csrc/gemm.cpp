@@ -18,9 +18,11 @@ struct Results {
 // The block that begins with panel `first`, as it lies or decoded to `data`: each step then makes `vectors`.
 template <class F>
 Panels block_of(const Matrix& w, size_t first, const uint8_t* data, size_t vectors = 1) {
-  const size_t count = w.block_panels(first);
-  Panels b = {{}, count, count * F::bytes, w.steps() * vectors, w.group_steps() * vectors, w.scale_bytes(), false};
-  for (size_t p = 0; p < BLOCK; ++p) b.panel[p] = data + std::min(p, count - 1) * F::bytes;
+  Panels b = {w.layout(first), {}, false};
+  b.stride = b.count * F::bytes;
+  b.steps *= vectors;
+  b.group_steps *= vectors;
+  for (size_t p = 0; p < BLOCK; ++p) b.panel[p] = data + std::min(p, b.count - 1) * F::bytes;
   return b;
 }
 

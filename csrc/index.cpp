@@ -37,7 +37,7 @@ template <class F>
 void score(const IndexArgs& a, const IndexQuery& token, const uint8_t* const* panels, float* out, Tiles& tiles) {
   using Activation = typename F::Activation;
   constexpr size_t tile = TILE<Activation>;
-  Panels keys = {{}, BLOCK, F::bytes, a.depth / STEP, a.depth / STEP, 0, false};
+  Panels keys = {{BLOCK, F::bytes, a.depth / STEP, a.depth / STEP, 0}, {}, false};
   std::copy_n(panels, BLOCK, keys.panel);
   F16 total[BLOCK];
   for (F16& t : total) t = F16::zero();

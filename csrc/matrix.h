@@ -8,9 +8,8 @@
 //   step:   bf16, fp8: 16 rows x 4 values, in pairs (see formats.h)
 //           int8: the 4 values of row 0, of row 1, ..., each plus 128
 //           int4: the same with values 0 to 3 in the low and 4 to 7 in the high halves, each plus 8
-//   scales: after the steps of each group of `group` values, 16 floats of panel 0, of panel 1, ...; value = scale *
-//   what
-//           the step decodes to. Where int4 has zero points, a panel's scales are followed by its 16 zeros as bytes.
+//   scales: after the steps of each group, 16 floats of panel 0, of panel 1, ...; value = scale * what the step decodes
+//           to. Where int4 has zero points, a panel's scales are followed by its 16 zeros as bytes.
 #pragma once
 
 #include <algorithm>
@@ -97,6 +96,19 @@ constexpr int INT8_OFFSET = 128, INT4_OFFSET = 8, ZERO_POINT = 8;
 // Groups of integers begin at multiples of this.
 constexpr size_t INTEGER_GROUP = 32;
 
+// Where things lie in a block of `count` panels, in bytes: `stride` lie between two steps of a panel. Where there are
+// scales, `group_steps` steps share those after them, `scale_bytes` for each panel.
+struct BlockLayout {
+  size_t count, stride, steps, group_steps, scale_bytes;
+
+  // From a panel's first step to its step s, which lies in that group.
+  size_t step(size_t s, size_t group) const { return s * stride + group * count * scale_bytes; }
+  // From the block's begin to panel p's scales.
+  size_t scales(size_t p, size_t group) const {
+    return std::min((group + 1) * group_steps, steps) * stride + (group * count + p) * scale_bytes;
+  }
+};
+
 struct Matrix {
   Format format = Format::f32;
   size_t rows = 0, depth = 0;
@@ -115,14 +127,7 @@ struct Matrix {
   // The block that begins with panel p, a multiple of BLOCK.
   uint8_t* block(size_t p) const { return data.get() + p * panel_bytes(); }
   size_t block_panels(size_t p) const { return std::min(BLOCK, panels() - p); }
-  // Step s of any panel p, and the scales of its group g.
-  uint8_t* step(size_t p, size_t s) const {
-    const size_t in_block = p % BLOCK, first = p - in_block, before = s * block_panels(first) + in_block;
-    return block(first) + before * step_bytes(format) + s / group_steps() * block_panels(first) * scale_bytes();
-  }
-  uint8_t* scales(size_t p, size_t g) const {
-    const size_t in_block = p % BLOCK, first = p - in_block, before = g * block_panels(first) + in_block;
-    const size_t end = std::min((g + 1) * group_steps(), steps());
-    return block(first) + end * block_panels(first) * step_bytes(format) + before * scale_bytes();
+  BlockLayout layout(size_t p) const {
+    return {block_panels(p), block_panels(p) * step_bytes(format), steps(), group_steps(), scale_bytes()};
   }
 };

@@ -14,9 +14,11 @@ size_t pair_place(size_t r, size_t k) { return k / 2 * 2 * PANEL + 2 * r + k % 2
 
 template <class T>
 void pack_panel(const Source& s, Matrix& m, size_t p) {
-  const size_t values = step_values(m.format), live = std::min(PANEL, m.rows - p * PANEL);
-  for (size_t i = 0; i < m.steps(); ++i) {
-    uint8_t* step = m.step(p, i);
+  const size_t values = step_values(m.format), live = std::min(PANEL, m.rows - p * PANEL), in_block = p % BLOCK;
+  const BlockLayout layout = m.layout(p - in_block);
+  uint8_t* panel = m.block(p - in_block) + in_block * step_bytes(m.format);
+  for (size_t i = 0; i < layout.steps; ++i) {
+    uint8_t* step = panel + layout.step(i, i / layout.group_steps);
     std::memset(step, 0, step_bytes(m.format));
     const size_t first = i * values, count = std::min(values, m.depth - first);
     for (size_t r = 0; r < live; ++r) {
@@ -37,8 +39,9 @@ void pack_panel(const Source& s, Matrix& m, size_t p) {
 }
 
 void pack_scales(const Source& s, Matrix& m, size_t p) {
+  const size_t in_block = p % BLOCK;
   for (size_t g = 0; g < m.groups(); ++g) {
-    uint8_t* out = m.scales(p, g);
+    uint8_t* out = m.block(p - in_block) + m.layout(p - in_block).scales(in_block, g);
     for (size_t r = 0; r < PANEL; ++r) {
       const size_t row = p * PANEL + r, from = row / s.scale_rows * m.groups() + g;
       const float scale = row < m.rows ? s.scales[from] : 0.0f;

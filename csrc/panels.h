@@ -12,21 +12,15 @@
 
 namespace NS {
 
-// A block of weights or of keys: first steps of `count` panels, the last of which stands in for those missing; `stride`
-// bytes lie between two steps of a panel. Where there are scales, `group_steps` steps share those after them,
-// `scale_bytes` for each panel. `ahead`: what follows will be read soon, and is not on its way yet.
-struct Panels {
+// A block of weights or of keys: first steps of its panels, the last of which stands in for those missing. `ahead`:
+// what follows will be read soon, and is not on its way yet.
+struct Panels : BlockLayout {
   const uint8_t* panel[BLOCK];
-  size_t count, stride, steps, group_steps, scale_bytes;
   bool ahead;
 
-  // Step s of panel p, which lies in that group.
-  const uint8_t* step(size_t p, size_t s, size_t group) const {
-    return panel[p] + s * stride + group * count * scale_bytes;
-  }
+  const uint8_t* step(size_t p, size_t s, size_t group) const { return panel[p] + BlockLayout::step(s, group); }
   const float* scales(size_t p, size_t group) const {
-    const size_t end = std::min((group + 1) * group_steps, steps), before = group * count + std::min(p, count - 1);
-    return reinterpret_cast<const float*>(panel[0] + end * stride + before * scale_bytes);
+    return reinterpret_cast<const float*>(panel[0] + BlockLayout::scales(std::min(p, count - 1), group));
   }
 };
 
