@@ -30,7 +30,7 @@ void decode_panel(const Panels& b, size_t panel, const Extent& e, uint8_t* to) {
   const uint8_t* from = b.step(panel, e.begin, e.group);
   to += e.begin % CHUNK_STEPS * 64;
   for (size_t s = e.begin; s < e.end; ++s, from += b.stride, to += 64) {
-    if (b.ahead) prefetch<F::bytes>(from + AHEAD<BLOCK>);
+    if (b.ahead) fetch_ahead<BLOCK, F::bytes>(from);
     const Step step = F::load(from);
     _mm512_store_si512(to, step.pairs[0].v);
     _mm512_store_si512(to + half, step.pairs[1].v);
@@ -109,7 +109,7 @@ void multiply_tiles(const Panels& b, size_t first, size_t tokens, const bf16* x,
   const auto decode = [&](const Extent& e, size_t p) {
     if (e.begin >= b.steps) return;
     if (!as_is(e)) return decode_panel<F>(b, first + p, e, scratch[turn % 2] + p * panel_size);
-    for (size_t s = e.begin; s < e.end && b.ahead; ++s) prefetch<F::bytes>(b.step(first + p, s, e.group) + AHEAD<P>);
+    for (size_t s = e.begin; s < e.end && b.ahead; ++s) fetch_ahead<P, F::bytes>(b.step(first + p, s, e.group));
   };
   Extent now = extent_at<CHUNK, F>(b, 0, 0);
   for (size_t p = 0; p < P; ++p) decode(now, p);
@@ -167,7 +167,7 @@ void multiply_one(const Panels& b, const bf16* x, float* out) {
     const uint8_t* panel[P];
     for (size_t p = 0; p < P; ++p) panel[p] = b.step(p, e.begin, e.group);
     for (size_t s = e.begin; s < e.end; ++s, at += 2) {
-      if (b.ahead) prefetch<P * F::bytes>(panel[0] + AHEAD<P>);
+      if (b.ahead) fetch_ahead<P, P * F::bytes>(panel[0]);
       const Pairs values[2] = {Pairs::all(at), Pairs::all(at + HALF)};
       for (size_t p = 0; p < P; ++p) {
         const Step w = F::load(panel[p]);

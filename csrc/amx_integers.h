@@ -110,7 +110,7 @@ void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t un
     for (size_t begin = e.begin, end; begin < e.end; begin = end) {
       end = std::min((begin / whole + 1) * whole, e.end);
       if (b.ahead) {
-        for (size_t s = begin; s < end; ++s) prefetch<2 * F::bytes>(b.step(first, s, e.group) + AHEAD<2>);
+        for (size_t s = begin; s < end; ++s) fetch_ahead<2, 2 * F::bytes>(b.step(first, s, e.group));
       }
       const Piece w = codes_of<F>(b, first, begin, end, e.group, scratch);
       add_piece(w, x.at(begin / whole * CHUNK) + unit * CHUNK, STRETCH * x.tokens, [&] {

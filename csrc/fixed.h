@@ -85,9 +85,9 @@ inline void add_steps(const Panels& b, const uint8_t* const* panel, size_t steps
                       const uint8_t* x, Dots (&sums)[P][T]) {
   constexpr size_t token = PLANES ? TOGETHER : FixedTile::token_bytes, step = STEP * token / TOGETHER;
   const size_t bytes = steps * b.stride, stride = b.stride;
-  const bool ahead = b.ahead;
+  const bool ahead = b.ahead && fetches_ahead<P>();
   for (size_t at = 0; at < bytes; at += stride) {
-    if (ahead) prefetch<P * F::bytes>(panel[0] + at + AHEAD<P>);
+    if (ahead) fetch_ahead<P, P * F::bytes>(panel[0] + at);
     Codes w[P][F::vectors];
     for (int p = 0; p < P; ++p) F::load(panel[p] + at, groups[p], w[p]);
     for (size_t v = 0; v < F::vectors; ++v, x += step) {
@@ -114,8 +114,8 @@ inline void multiply_fixed(const Panels& b, size_t first, const FixedTile& x, F1
       scales[p] = b.scales(first + p, e.group);
       groups[p] = F::group(scales[p]);
     }
-    if (b.ahead && e.closes)
-      prefetch<P * PANEL * sizeof(float)>(reinterpret_cast<const uint8_t*>(scales[0]) + AHEAD<P>);
+    if (b.ahead && fetches_ahead<P>() && e.closes)
+      fetch_ahead<P, P * PANEL * sizeof(float)>(reinterpret_cast<const uint8_t*>(scales[0]));
     Dots sums[P][T] = {};
     for (size_t begin = e.begin, end; begin < e.end; begin = end) {
       end = std::min((begin / whole + 1) * whole, e.end);

@@ -16,7 +16,7 @@ template <class F, int P, int T>
 inline void multiply(const Panels& b, size_t first, const typename F::Activation* x, F16 (&out)[P][T]) {
   constexpr size_t all = SIZE_MAX;
   const size_t stride = b.stride;
-  const bool ahead = b.ahead;
+  const bool ahead = b.ahead && fetches_ahead<P>();
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }
@@ -29,7 +29,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
     }
     const size_t bytes = (e.end - e.begin) * stride;
     for (size_t at = 0; at < bytes; at += stride, x += STEP * T) {
-      if (ahead) prefetch<P * F::bytes>(panel[0] + at + AHEAD<P>);
+      if (ahead) fetch_ahead<P, P * F::bytes>(panel[0] + at);
       if constexpr (F::format == Format::f32) {
         for (size_t k = 0; k < STEP; ++k) {
           F16 w[P];

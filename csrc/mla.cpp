@@ -92,7 +92,7 @@ void score_heads(const MlaArgs& a, const typename E::Value* q, size_t begin, siz
       for (F16& s : of_head) s = F16::zero();
     }
     for (size_t z = 0; z < stride; z += ROW_PAD) {
-      for (size_t r = 0; r < ROWS; ++r) __builtin_prefetch(later[r] + z);
+      for (size_t r = 0; r < ROWS; ++r) fetch(later[r] + z);
       for (size_t h = 0; h < H; ++h) {
         for (size_t r = 0; r < ROWS; ++r) E::dot(acc[h][r], row[r] + z, q + h * stride + z);
       }

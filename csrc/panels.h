@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu.h"
 #include "matrix.h"
 #include "simd.h"
 #if defined(__AMX_BF16__)
@@ -50,18 +51,32 @@ constexpr bool MATRIX_UNIT = false;
 struct Tiles {};  // nothing to keep
 #endif
 
-// How many bytes ahead of a product its weights are fetched, and into which cache: as measured, on Zen 5 without and on
-// Sapphire Rapids with the matrix unit, whose first cache has too few places for lines on their way. A pass over fewer
-// panels than a block has skips what lies between, so its way is longer.
-constexpr bool TO_SECOND = MATRIX_UNIT<bf16>;
+// How weights are fetched before a product needs them, as measured. With the matrix unit (Sapphire Rapids, whose first
+// cache has too few places for lines on their way) all are, into the second cache. Zen 5 wants them in the first. Zen 4
+// follows a block's one stream better by itself; but a pass over fewer panels than a block has skips what lies between,
+// which no processor foresees, and its way is longer.
+constexpr bool ALL_TO_SECOND = MATRIX_UNIT<bf16>;
 template <int P>
-constexpr size_t AHEAD = TO_SECOND    ? 8192
-                         : P == BLOCK ? 4096
-                                      : 16384;
+constexpr size_t AHEAD = ALL_TO_SECOND ? 8192
+                         : P == BLOCK  ? 4096
+                                       : 16384;
 
-template <size_t BYTES>
-inline void prefetch(const uint8_t* p) {
-  for (size_t line = 0; line < BYTES; line += 64) __builtin_prefetch(p + line, 0, TO_SECOND ? 2 : 3);
+template <int P>
+bool fetches_ahead() {
+  return ALL_TO_SECOND || P != BLOCK || FETCHES_TO_FIRST;
+}
+
+inline void fetch(const void* line) {
+  if (!ALL_TO_SECOND && FETCHES_TO_FIRST)
+    __builtin_prefetch(line, 0, 3);
+  else
+    __builtin_prefetch(line, 0, 2);
+}
+
+// BYTES of what a pass over P panels will need when it has come AHEAD of `p`.
+template <int P, size_t BYTES>
+inline void fetch_ahead(const uint8_t* p) {
+  for (size_t line = 0; line < BYTES; line += 64) fetch(p + AHEAD<P> + line);
 }
 
 // Tokens that one pass over a block multiplies at most, and what their depth is padded to.

@@ -6,11 +6,12 @@ namespace NS {
 namespace {
 
 float read(const float* data, size_t begin, size_t end) {
+  const bool ahead = fetches_ahead<BLOCK>();
   F16 sums[8];
   for (F16& s : sums) s = F16::zero();
   size_t i = begin;
   for (; i + 8 * LANES <= end; i += 8 * LANES) {
-    prefetch<8 * LANES * sizeof(float)>(reinterpret_cast<const uint8_t*>(data + i) + AHEAD<BLOCK>);
+    if (ahead) fetch_ahead<BLOCK, 8 * LANES * sizeof(float)>(reinterpret_cast<const uint8_t*>(data + i));
     for (size_t k = 0; k < 8; ++k) sums[k] = F16::max(sums[k], F16::load(data + i + k * LANES));
   }
   F16 all = sums[0];
