@@ -136,22 +136,28 @@ def test_what_was_held_back_comes_in_time_though_the_engine_stands_still() -> No
     backend.close()
 
 
-def test_no_timer_outlives_its_stream() -> None:
-    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(), interval_s=3600.0)
+def test_streams_fall_due_together() -> None:
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine(), interval_s=0.01)
+    step, waits = backend.engine.step, []
 
-    async def main() -> list[Any]:
-        async for event in backend.generate(PROMPT, PARAMS):
-            assert event
-        events = backend.generate(PROMPT, PARAMS)
-        await anext(events)
-        waits = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
-        waits.cancel()
-        await asyncio.gather(waits, return_exceptions=True)
-        return [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]  # type: ignore[attr-defined]
+    def slow() -> list[Event]:
+        time.sleep(0.001)
+        return step()
 
-    assert asyncio.run(main()) == []
+    backend.engine.step = slow  # type: ignore[method-assign]
+
+    async def main() -> list[int]:
+        async def follow() -> int:
+            return sum([1 async for _ in backend.generate(PROMPT, PARAMS)])
+
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+        loop.call_later = lambda s, *call: waits.append(s) or call_later(s, *call)  # type: ignore
+        return await asyncio.gather(*[follow() for _ in range(4)])
+
+    counts = asyncio.run(main())
     backend.close()
+    assert min(counts) > 2 and 0 < waits.count(0.01) < sum(counts) / 2
 
 
 def test_an_error_comes_after_what_was_held_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from glm52.engine.engine import Engine
 from glm52.engine.params import SamplingParams
@@ -24,13 +25,12 @@ logger = logging.getLogger(__name__)
 class _Stream:
     """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken;
     arrival: what the reader waits for where there is nothing to take; is_due: whether it wants to know of whatever
-    comes, or of the end only. ``timer`` makes it due again, though no further token comes."""
+    comes, or of the end only."""
 
     loop: asyncio.AbstractEventLoop
     pending: deque[Event] = field(default_factory=deque)
     arrival: asyncio.Future[None] | None = None
     is_due: bool = True
-    timer: asyncio.TimerHandle | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -43,18 +43,31 @@ class _Stream:
             events.append(self.pending.popleft())
         return Event.joined(events)
 
-    def hold(self, seconds: float) -> None:
-        """Let what comes wait for a while."""
-        self.is_due = False
-        self.timer = self.loop.call_later(seconds, self._fall_due)
-
-    def _fall_due(self) -> None:
-        self.is_due = True  # first this, then the look at pending: the engine's thread does both the other way round
-        self.wake()
-
     def wake(self) -> None:
         if self.arrival is not None and not self.arrival.done():
             self.arrival.set_result(None)
+
+
+class _Ticks:
+    """Streams of one event loop that hold back what comes: all fall due together, though no further token comes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval_s: float) -> None:
+        self._loop, self._interval_s = loop, interval_s
+        self._held: list[_Stream] = []
+
+    def hold(self, stream: _Stream) -> None:
+        """Until an interval has passed since the first was held."""
+        stream.is_due = False
+        if not self._held:
+            self._loop.call_later(self._interval_s, self._fall_due)
+        self._held.append(stream)
+
+    def _fall_due(self) -> None:
+        held, self._held = self._held, []
+        for stream in held:
+            stream.is_due = True  # then the look at pending: the engine's thread does both the other way round
+            if stream.pending:
+                stream.wake()
 
 
 class AsyncEngine:
@@ -68,6 +81,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine, max_waiting: int = 256, interval_s: float = 0.0) -> None:
         self.engine, self.max_waiting, self.interval_s = engine, max_waiting, interval_s
         self._streams: dict[Sequence, _Stream] = {}
+        self._ticks: WeakKeyDictionary[asyncio.AbstractEventLoop, _Ticks] = WeakKeyDictionary()
         self._aborted: deque[Sequence] = deque()
         self._wake = threading.Event()
         self._closing = False
@@ -82,12 +96,13 @@ class AsyncEngine:
         """
         if params.grammar is not None and self.engine.matchers is not None:
             await asyncio.to_thread(self.engine.matchers.compile, params.grammar)
-        stream = _Stream(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        stream, ticks = _Stream(loop), self._ticks.setdefault(loop, _Ticks(loop, self.interval_s))
         seq = self._submit(tokens, params, stream)
         try:
             while True:
                 while not stream.is_ready and self._failure is None:
-                    stream.arrival = stream.loop.create_future()
+                    stream.arrival = loop.create_future()
                     await stream.arrival
                 if not stream.pending and self._failure is not None:
                     raise self._failure
@@ -96,10 +111,8 @@ class AsyncEngine:
                 if event.finish_reason is not None:
                     return
                 if event.text and self.interval_s > 0:
-                    stream.hold(self.interval_s)
+                    ticks.hold(stream)
         finally:
-            if stream.timer is not None:
-                stream.timer.cancel()
             self._streams.pop(seq, None)
             self._aborted.append(seq)
             self._wake.set()

@@ -20,7 +20,7 @@ from glm52.server.upstream import Upstream
 from glm52.session import PREFIX_CACHE_BYTES, Session, add_format_argument, generation_defaults
 from glm52.tokenizer import Tokenizer
 
-STREAM_EVERY_MS = 20.0  # what a display shows: 50 pictures a second
+STREAM_EVERY_MS = 33.0  # thirty pictures a second
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
