@@ -76,27 +76,28 @@ class Fake:
                     return
                 if self.fault == "slow":
                     await asyncio.sleep(0.05)
-                yield self._line(token)
+                yield self._line(token, body)
                 if at == 3 and self.fault == "cut":
                     return
+            if self.kind == "llamacpp" and limit > len(ids):
+                yield self._line(GLMConfig.read(NANO).eos_token_id[0], body)
             yield self._end("length" if limit < len(ids) else "stop")
         finally:
             self.num_open -= 1
 
-    def _line(self, token: int) -> str:
+    def _line(self, token: int, body: Any) -> str:
         text = TOKENIZER.decode([token])
         if self.kind == "llamacpp":
-            return f"data: {json.dumps({'content': text, 'tokens': [token], 'stop': False})}\n\n"
+            timings = {"timings": {"cache_n": 2 * len(self.bodies)}} if body.get("timings_per_token") else {}
+            return f"data: {json.dumps({'content': text, 'tokens': [token], 'stop': False} | timings)}\n\n"
         choice = {"text": text, "finish_reason": None} | ({"token_ids": [token]} if self.kind == "vllm" else {})
         return f"data: {json.dumps({'choices': [choice]})}\n\n"
 
     def _end(self, reason: str) -> str:
         if self.kind == "llamacpp":
             kind = "limit" if reason == "length" else "eos"
-            return (
-                f"data: {json.dumps({'content': '', 'stop': True, 'stop_type': kind, 'timings': {'cache_n': 2}})}\n\n"
-            )
-        usage = {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": 2}}}
+            return f"data: {json.dumps({'content': '', 'stop': True, 'stop_type': kind})}\n\n"
+        usage = {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": 2 * len(self.bodies)}}}
         choices = {"choices": [{"text": "", "finish_reason": reason}]}
         return f"data: {json.dumps(choices)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
 
@@ -126,7 +127,7 @@ def test_every_dialect_over_every_upstream(fake: tuple[Fake, httpx.Client], stre
         assert (said.reasoning, said.content) == ("Hm.", "Hello!")
     body = upstream.bodies[-1]
     assert TOKENIZER.decode(body["prompt"]).endswith("<|assistant|><think>")
-    assert said.usage.get("cache_read_input_tokens") == 2
+    assert said.usage.get("cache_read_input_tokens") == 2 * len(PATHS)
 
 
 def test_a_call(fake: tuple[Fake, httpx.Client]) -> None:
@@ -149,6 +150,7 @@ def test_thinking_that_does_not_end_is_cut_and_closed(fake: tuple[Fake, httpx.Cl
     first, second = (b["prompt"] for b in upstream.bodies)
     assert second[: len(first)] == first and second[-1] == END_THINK
     assert 40 <= len(second) - len(first) - 1 <= 64
+    assert (said.usage.get("cache_read_input_tokens") or 0) <= 2, "what our own first request left there is no hit"
     upstream.wait_until(num_open=0)
 
 

@@ -78,10 +78,13 @@ class Upstream:
                     yield self._take(seq, [self._marks.end_think])
 
     async def _follow(self, client: httpx.AsyncClient, seq: Sequence) -> AsyncIterator[Event]:
-        """One request upstream: until the reply ends, or must close its thinking."""
+        """One request upstream: until the reply ends, or must close its thinking. What the cache held is what it held
+        before the first."""
+        is_first = not seq.output
         async with contextlib.aclosing(self._pieces(client, seq)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
-                seq.num_cached_tokens = seq.num_cached_tokens or piece.num_cached or 0
+                if is_first and piece.num_cached is not None:
+                    seq.num_cached_tokens = piece.num_cached
                 ids = self._tokenizer.encode(piece.text) if piece.token_ids is None else piece.token_ids
                 is_cut = seq.guide.must_close
                 if ids and not is_cut:
@@ -157,11 +160,12 @@ class Upstream:
         }  # fmt: skip
 
     def _llama_body(self, seq: Sequence) -> Json:
-        """For llama.cpp's ``/completion``, whose own defaults are none of ours."""
+        """For llama.cpp's ``/completion``, whose own defaults are none of ours. Timings tell what the cache held, and the
+        last come after the token that ends a reply."""
         params = seq.params
         return {
             "prompt": seq.tokens, "n_predict": seq.max_tokens - len(seq.output), "stream": True, "cache_prompt": True,
-            "return_tokens": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
+            "return_tokens": True, "timings_per_token": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
             "min_p": params.min_p, "presence_penalty": params.presence_penalty, "ignore_eos": params.ignore_eos,
             "frequency_penalty": params.frequency_penalty, "repeat_penalty": params.repetition_penalty,
             "logit_bias": [[k, v] for k, v in params.logit_bias.items()],
