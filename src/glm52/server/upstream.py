@@ -160,12 +160,13 @@ class Upstream:
         }  # fmt: skip
 
     def _llama_body(self, seq: Sequence) -> Json:
-        """For llama.cpp's ``/completion``, whose own defaults are none of ours. Timings tell what the cache held, and the
-        last come after the token that ends a reply."""
+        """For llama.cpp's ``/completion``, whose own defaults are none of ours. Timings tell what the cache held; without
+        the option they come after the token that ends a reply."""
         params = seq.params
         return {
             "prompt": seq.tokens, "n_predict": seq.max_tokens - len(seq.output), "stream": True, "cache_prompt": True,
-            "return_tokens": True, "timings_per_token": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
+            "return_tokens": True, "timings_per_token": True,
+            "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
             "min_p": params.min_p, "presence_penalty": params.presence_penalty, "ignore_eos": params.ignore_eos,
             "frequency_penalty": params.frequency_penalty, "repeat_penalty": params.repetition_penalty,
             "logit_bias": [[k, v] for k, v in params.logit_bias.items()],
