@@ -160,8 +160,8 @@ class Upstream:
         }  # fmt: skip
 
     def _llama_body(self, seq: Sequence) -> Json:
-        """For llama.cpp's ``/completion``, whose own defaults are none of ours. Timings tell what the cache held; without
-        the option they come after the token that ends a reply."""
+        """For llama.cpp's ``/completion``, whose own defaults are none of ours. Timings tell what the cache held;
+        not asked for, they come after the token that ends a reply."""
         params = seq.params
         return {
             "prompt": seq.tokens, "n_predict": seq.max_tokens - len(seq.output), "stream": True, "cache_prompt": True,
