@@ -17,6 +17,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
   constexpr size_t all = SIZE_MAX;
   const size_t stride = b.stride;
   const bool ahead = b.ahead && fetches_ahead<P>();
+  const uint8_t* next = b.next ? b.next + first * b.steps * F::bytes : nullptr;
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) out[p][t] = F16::zero();
   }
@@ -29,7 +30,12 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
     }
     const size_t bytes = (e.end - e.begin) * stride;
     for (size_t at = 0; at < bytes; at += stride, x += STEP * T) {
-      if (ahead) fetch_ahead<P, P * F::bytes>(panel[0] + at);
+      if (next) {
+        fetch<P * F::bytes>(next);
+        next += P * F::bytes;
+      } else if (ahead) {
+        fetch_ahead<P, P * F::bytes>(panel[0] + at);
+      }
       if constexpr (F::format == Format::f32) {
         for (size_t k = 0; k < STEP; ++k) {
           F16 w[P];

@@ -32,13 +32,18 @@ float score_of(uint64_t rank) {
   return std::bit_cast<float>(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-// One token's scores of the keys in BLOCK panels, all heads.
+// One token's scores of the keys in BLOCK panels, all heads. Those that will be scored after them, if any are at
+// `next`, are fetched meanwhile.
 template <class F>
-void score(const IndexArgs& a, const IndexQuery& token, const uint8_t* const* panels, float* out, Tiles& tiles) {
+void score(const IndexArgs& a, const IndexQuery& token, const uint8_t* const* panels, const uint8_t* next, float* out,
+           Tiles& tiles) {
   using Activation = typename F::Activation;
   constexpr size_t tile = TILE<Activation>;
-  Panels keys = {{BLOCK, F::bytes, a.depth / STEP, a.depth / STEP, 0}, {}, false};
+  Panels keys = {{BLOCK, F::bytes, a.depth / STEP, a.depth / STEP, 0}, {}, false, next};
   std::copy_n(panels, BLOCK, keys.panel);
+  if (MATRIX_UNIT<Activation> && next) {  // whose products are too short to do it step by step
+    for (size_t line = 0; line < BLOCK * keys.steps * F::bytes; line += 64) __builtin_prefetch(next + line);
+  }
   F16 total[BLOCK];
   for (F16& t : total) t = F16::zero();
   alignas(64) float dots[BLOCK * tile * LANES];
@@ -46,6 +51,7 @@ void score(const IndexArgs& a, const IndexQuery& token, const uint8_t* const* pa
   for (size_t x = 0; x < a.heads; x += tile) {
     const size_t live = std::min(tile, a.heads - x);
     product<F>(keys, live, q, dots, tiles);
+    keys.next = nullptr;
     for (size_t h = 0; h < live; ++h) {
       const F16 weight = F16::all(token.weights[x + h]), scale = F16::all(a.scale);
       for (size_t p = 0; p < BLOCK; ++p) {
@@ -96,14 +102,12 @@ void scan_as(const IndexArgs& a, size_t begin, IndexQuery* queries, size_t count
   for (size_t at = begin; at < end; at += BLOCK * PANEL) {
     const uint8_t* panels[BLOCK];
     for (size_t p = 0; p < BLOCK; ++p) panels[p] = panel_of(std::min(at + p * PANEL, (end - 1) / PANEL * PANEL));
-    if (at + 2 * BLOCK * PANEL <= end) {  // the next block, on its way while this one is scored
-      const uint8_t* next = panel_of(at + BLOCK * PANEL);
-      for (size_t line = 0; line < BLOCK * panel_bytes; line += 64) __builtin_prefetch(next + line);
-    }
+    const uint8_t* next = at + 2 * BLOCK * PANEL <= end ? panel_of(at + BLOCK * PANEL) : nullptr;
     for (size_t i = 0; i < count; ++i) {
       if (queries[i].end <= at) continue;
       float scores[BLOCK * PANEL];
-      score<F>(a, queries[i], panels, scores, tiles);
+      score<F>(a, queries[i], panels, next, scores, tiles);
+      next = nullptr;
       keep_best(scores, at, std::min(BLOCK * PANEL, queries[i].end - at), a.keep, queries[i]);
     }
   }

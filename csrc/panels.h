@@ -14,10 +14,11 @@
 namespace NS {
 
 // A block of weights or of keys: first steps of its panels, the last of which stands in for those missing. `ahead`:
-// what follows will be read soon, and is not on its way yet.
+// what follows will be read soon, and is not on its way yet; if that does not lie behind the block, it is at `next`.
 struct Panels : BlockLayout {
   const uint8_t* panel[BLOCK];
   bool ahead;
+  const uint8_t* next = nullptr;
 
   const uint8_t* step(size_t p, size_t s, size_t group) const { return panel[p] + BlockLayout::step(s, group); }
   const float* scales(size_t p, size_t group) const {
@@ -66,17 +67,20 @@ bool fetches_ahead() {
   return ALL_TO_SECOND || P != BLOCK || FETCHES_TO_FIRST;
 }
 
-inline void fetch(const void* line) {
-  if (!ALL_TO_SECOND && FETCHES_TO_FIRST)
-    __builtin_prefetch(line, 0, 3);
-  else
-    __builtin_prefetch(line, 0, 2);
+template <size_t BYTES = 1>
+inline void fetch(const void* p) {
+  for (size_t line = 0; line < BYTES; line += 64) {
+    if (!ALL_TO_SECOND && FETCHES_TO_FIRST)
+      __builtin_prefetch(static_cast<const uint8_t*>(p) + line, 0, 3);
+    else
+      __builtin_prefetch(static_cast<const uint8_t*>(p) + line, 0, 2);
+  }
 }
 
 // BYTES of what a pass over P panels will need when it has come AHEAD of `p`.
 template <int P, size_t BYTES>
 inline void fetch_ahead(const uint8_t* p) {
-  for (size_t line = 0; line < BYTES; line += 64) fetch(p + AHEAD<P> + line);
+  fetch<BYTES>(p + AHEAD<P>);
 }
 
 // Tokens that one pass over a block multiplies at most, and what their depth is padded to.
