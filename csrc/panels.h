@@ -14,7 +14,7 @@
 namespace NS {
 
 // A block of weights or of keys: first steps of its panels, the last of which stands in for those missing. `ahead`:
-// what follows will be read soon, and is not on its way yet; if that does not lie behind the block, it is at `next`.
+// what lies behind it will be read soon, and is not on its way yet. `next`: the same of a block elsewhere, or null.
 struct Panels : BlockLayout {
   const uint8_t* panel[BLOCK];
   bool ahead;
