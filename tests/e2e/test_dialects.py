@@ -173,6 +173,11 @@ def test_completions_of_texts_and_ids(script: Script, gpt: openai.OpenAI) -> Non
     for index in (0, 1):
         mine = [c.choices[0] for c in chunks if c.choices[0].index == index]
         assert "".join(c.text for c in mine) == " one two" and mine[-1].finish_reason == "stop"
+    fields: Any = {"model": "nano", "prompt": "count:", "extra_body": {"return_token_ids": True}}
+    whole = gpt.completions.create(**fields).choices[0].model_dump()
+    assert (whole["prompt_token_ids"], whole["token_ids"]) == (ids, TOKENIZER.encode(script.text))
+    parts = [c.choices[0].model_dump() for c in gpt.completions.create(**fields, stream=True)]
+    assert parts[0]["prompt_token_ids"] == ids and [t for p in parts for t in p["token_ids"]] == whole["token_ids"]
 
 
 # ── OpenAI responses ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,8 +30,8 @@ CALL = "Hm.</think><tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome<
 
 
 class Fake:
-    """Speaks like vLLM, SGLang (no token ids) or llama.cpp. fault: how it goes wrong. What it says depends on whether
-    its prompt is still thinking."""
+    """Speaks like vLLM, an older SGLang (no token ids) or llama.cpp. fault: how it goes wrong. What it says depends on whether
+    its prompt is still thinking; of the tokens that a bias leaves it, it chooses the first."""
 
     def __init__(self, kind: str = "vllm") -> None:
         self.kind, self.fault, self.thought, self.answer = kind, "", "Hm.</think>", "Hello!"
@@ -68,6 +68,8 @@ class Fake:
             limit = body["n_predict" if self.kind == "llamacpp" else "max_tokens"]
             is_thinking = END_THINK not in body["prompt"]
             ids = TOKENIZER.encode((self.thought if is_thinking else "") + self.answer)
+            if body.get("logit_bias") and self.fault != "deaf":
+                ids = [self._chosen({int(k): v for k, v in dict(body["logit_bias"]).items()}), *ids]
             for at, token in enumerate(ids[:limit]):
                 if at == 3 and self.fault in ("hang", "garbage", "error"):
                     if self.fault == "hang":
@@ -84,6 +86,9 @@ class Fake:
             yield self._end("length" if limit < len(ids) else "stop")
         finally:
             self.num_open -= 1
+
+    def _chosen(self, bias: dict[int, float]) -> int:
+        return min(bias) if max(bias.values()) > 0 else min(set(range(4096)) - set(bias))
 
     def _line(self, token: int, body: Any) -> str:
         text = TOKENIZER.decode([token])
@@ -201,25 +206,72 @@ def test_hanging_up_cancels_upstream(fake: tuple[Fake, httpx.Client]) -> None:
     upstream.wait_until(num_open=0)
 
 
-@pytest.mark.parametrize("fields", [schema_fields("chat", {"type": "object"}), {"logprobs": True},
-                                    {"tools": [WEATHER], "tool_choice": "required"}])  # fmt: skip
-def test_what_cannot_be_held_is_refused(fake: tuple[Fake, httpx.Client], fields: Any) -> None:
-    reply = fake[1].post(PATHS["chat"], json={"messages": [{"role": "user", "content": "Hi"}], **fields})
+def test_log_probabilities_are_refused(fake: tuple[Fake, httpx.Client]) -> None:
+    reply = fake[1].post(PATHS["chat"], json={"messages": [{"role": "user", "content": "Hi"}], "logprobs": True})
     assert reply.status_code == 400 and "upstream" in reply.json()["error"]["message"]
 
 
-def test_our_own_server_as_upstream() -> None:
-    """Greedy replies through the gateway are those of the server behind it."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_held_to_its_form(fake: tuple[Fake, httpx.Client], stream: bool) -> None:
+    """Where upstream says what may not stand, it is asked for one token of those that may, and goes on from there."""
+    upstream, client = fake
+    said = ask(client, "chat", "Hi", max_tokens=100, stream=stream, guided_choice=["yes", "no"])
+    assert said.reasoning == "Hm." and said.content in ("yes", "no") and said.finish == "stop"
+    assert {TOKENIZER.decode([int(t)]) for t in dict(upstream.bodies[1]["logit_bias"])} == {"n", "y", "ye"}
+    assert said.usage["prompt_tokens_details"]["cached_tokens"] <= 2
+    upstream.answer = '{"city": "Rome"}. Anything else?'
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    before = len(upstream.bodies)
+    said = ask(client, "chat", "Hi", max_tokens=100, stream=stream, **schema_fields("chat", schema))
+    assert json.loads(said.content) == {"city": "Rome"} and len(upstream.bodies) == before + 1, "cut where it is whole"
+
+
+def test_an_upstream_that_heeds_no_bias_is_found_out(fake: tuple[Fake, httpx.Client]) -> None:
+    upstream, client = fake
+    upstream.fault = "deaf"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "guided_choice": ["yes", "no"]}
+    reply = client.post(PATHS["chat"], json=body)
+    assert reply.status_code == 502 and "logit_bias" in reply.json()["error"]["message"]
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"type": "integer"}},
+        "required": ["city", "days"], "additionalProperties": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [
+    {}, schema_fields("chat", CITY), {"guided_regex": "[A-Z]{3}-[0-9]{4}"}, {"guided_choice": ["left", "right"]},
+    {"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "required"},
+    {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+    {"reasoning": {"max_tokens": 8}}, {"reasoning": {"max_tokens": 8}, **schema_fields("chat", CITY)},
+    {"thinking": {"type": "disabled"}, **schema_fields("chat", CITY)},
+])  # fmt: skip
+def test_our_own_server_as_upstream(own: tuple[str, str], fields: Any) -> None:
+    """Greedy replies through the gateway are those of the server behind it, held to forms or not."""
+    both = []
+    for base in own:
+        with httpx.Client(base_url=base, timeout=60) as client:
+            both.append(ask(client, "chat", "What is 3+4?", max_tokens=150, temperature=0.0, stream=True, **fields))
+    behind, before = ((s.reasoning, s.content, s.calls, s.finish) for s in both)
+    assert behind == before and (both[0].content or both[0].calls)
+
+
+def test_every_dialect_over_our_own_server(own: tuple[str, str]) -> None:
+    for dialect in PATHS:
+        both = []
+        for base in own:
+            with httpx.Client(base_url=base, timeout=60) as client:
+                both.append(ask(client, dialect, "What is 3+4?", max_tokens=120, temperature=0.0, stream=True))
+        assert (both[0].reasoning, both[0].content) == (both[1].reasoning, both[1].content) != ("", "")
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[tuple[str, str]]:
+    """A server with the small model, and a gateway before it."""
     session = Session.open(NANO, context=2048)
     backend = AsyncEngine(session.engine)
     service = Service(backend, session.tokenizer, session.template, name="nano", context_length=2048, defaults={})
     with running(service) as url, running(gateway(url)) as front:
-        for dialect in PATHS:
-            both = []
-            for base in (url, front):
-                with httpx.Client(base_url=base, timeout=60) as client:
-                    both.append(ask(client, dialect, "What is 3+4?", max_tokens=120, temperature=0.0, stream=True))
-            assert (both[0].reasoning, both[0].content) == (both[1].reasoning, both[1].content) != ("", "")
+        yield url, front
     backend.close()
 
 

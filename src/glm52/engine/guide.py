@@ -128,8 +128,8 @@ class Guide:
 
     @property
     def is_bound(self) -> bool:
-        """Whether it thinks under a budget, so that the reply cannot end before its thinking."""
-        return self.is_reasoning and self._limits is not None
+        """Whether it thinks and the reply cannot end before its thinking: a budget or a grammar waits for that."""
+        return self.is_reasoning and (self._limits is not None or self._matcher is not None)
 
     @property
     def num_reasoning(self) -> int:
@@ -153,13 +153,25 @@ class Guide:
 
     def shape(self, logits_W: Array) -> Array:
         """The logits as they may be chosen from: what is forbidden here is -inf. The argument is left as it is."""
-        state = self._state
-        if state.is_reasoning:
+        if self.is_reasoning:
             return self._shape_reasoning(logits_W)
-        allowed = self._matcher.allowed() if self._matcher else None
-        if state.is_fresh:
-            allowed = self._without_silence(allowed, len(logits_W))
+        allowed = self.allowed(len(logits_W))
         return logits_W if allowed is None else np.where(allowed, logits_W, logits_W.dtype.type(-np.inf))
+
+    def allowed(self, vocab_size: int) -> NDArray[np.bool_] | None:
+        """Which tokens may come next in an answer; None: any, or (then there is an ``error``) none."""
+        allowed = self._matcher.allowed() if self._matcher else None
+        return self._without_silence(allowed, vocab_size) if self._state.is_fresh else allowed
+
+    def admits(self, token: int, vocab_size: int) -> bool:
+        """Whether the token may come next: as ``shape`` has it, but far cheaper than all that may."""
+        if self.is_reasoning:
+            assert self._marks is not None
+            return token == self._marks.end_think if self.must_close else not (self.is_bound and token in self._eos)
+        if self._state.is_fresh:
+            allowed = self.allowed(vocab_size)
+            return allowed is None or bool(allowed[token])
+        return self._matcher is None or self._matcher.admits(token)
 
     def follow(self, token: int) -> None:
         """One more token stands, or is drafted."""

@@ -87,6 +87,10 @@ class Matcher:
         self._is_dead_end = not bits.any()
         return None if self.error else bits.view(np.bool_)
 
+    def admits(self, token: int) -> bool:
+        """Whether the token may come next."""
+        return bool(self._backend.is_stopped() or self._backend.validate_tokens([token]))
+
     def follow(self, token: int) -> None:
         self._is_dead_end = False
         if not self._backend.is_stopped() and self._backend.consume_token(token):

@@ -2,7 +2,7 @@
 
 Prompts are continued as they stand: no template, no parsing; the strings of special tokens are special tokens. With
 ``echo`` and ``logprobs`` the prompt's own log probabilities are computed, which is what evaluation harnesses read; they
-count on one token after it, so that one may be the end of the text.
+count on one token after it, so that one may be the end of the text. ``return_token_ids`` is vLLM's: ids beside texts.
 """
 
 import time
@@ -46,6 +46,7 @@ class TextBody(SharedBody):
     echo: bool | None = None
     logprobs: int | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
 
 
 def read(body: Any, defaults: Defaults) -> ChatRequest:
@@ -62,7 +63,8 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     return ChatRequest(
         model=text.model or "", params=params, prompts=_prompts(text.prompt), structure=guided_structure(text),
         thinking=Thinking(enabled=False), n=num_answers(text), echo=bool(text.echo), stream=bool(text.stream),
-        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())), raw={"only_echo": limit == 0},
+        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())), 
+        raw={"only_echo": limit == 0, "wants_ids": bool(text.return_token_ids)},
     )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ class Writer:
         self._offsets: dict[int, int] = {}
         self._said: dict[int, int] = {}
         self._told: dict[int, int] = {}  # log probabilities: those of half a character wait for the rest of it
+        self._given: dict[int, int] = {}  # token ids, likewise
         self._template = cache(lambda index: Template(lambda text: self._data(index, text, None, None)))
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
@@ -96,16 +99,17 @@ class Writer:
         if self.request.echo or at == len(answer.text):
             return []
         self._said[answer.index] = len(answer.text)
-        if self.request.params.logprobs is None:
+        if self.request.params.logprobs is None and not self._wants_ids:
             return [(None, self._template(answer.index).filled(answer.text[at:]))]
-        return [(None, self._data(answer.index, answer.text[at:], None, self._untold(answer)))]
+        untold = self._untold(answer) if self.request.params.logprobs is not None else None
+        return [(None, self._data(answer.index, answer.text[at:], None, untold, self._ids(answer)))]
 
     def end(self, answer: Answer) -> list[Frame]:
         if self.request.echo:
             whole = self._choice(answer)
             return [(None, self._envelope() | {"choices": [whole]})]
         left = self._untold(answer) if len(answer.logprobs) > self._told.get(answer.index, 0) else None
-        return [(None, self._data(answer.index, "", _finish_reason(answer), left))]
+        return [(None, self._data(answer.index, "", _finish_reason(answer), left, self._ids(answer)))]
 
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
         frames: list[Frame] = []
@@ -128,7 +132,21 @@ class Writer:
             entries = [*zip(answer.prompt, answer.prompt_logprobs, strict=False), *entries]  # type: ignore[list-item]
         said = self._logprobs(answer.index, entries) if self.request.params.logprobs is not None else None
         reason = "length" if only_echo else _finish_reason(answer)
-        return {"index": answer.index, "text": text, "logprobs": said, "finish_reason": reason}
+        choice = {"index": answer.index, "text": text, "logprobs": said, "finish_reason": reason}
+        return choice | self._ids(answer)
+
+    @property
+    def _wants_ids(self) -> bool:
+        return bool(self.request.raw.get("wants_ids"))
+
+    def _ids(self, answer: Answer) -> Json:
+        """The token ids that were not given yet; at first the prompt's too."""
+        if not self._wants_ids:
+            return {}
+        given, self._given[answer.index] = self._given.get(answer.index), len(answer.tokens)
+        prompt = {"prompt_token_ids": list(answer.prompt)} if given is None else {}
+        only_echo = self.request.raw.get("only_echo")
+        return prompt | {"token_ids": [] if only_echo else answer.tokens[given or len(answer.prompt) :]}
 
     def _untold(self, answer: Answer) -> Json:
         at, self._told[answer.index] = self._told.get(answer.index, 0), len(answer.logprobs)
@@ -156,9 +174,9 @@ class Writer:
             out.setdefault(self._tokenizer.decode([i]), p)
         return out
 
-    def _data(self, index: int, text: str, reason: str | None, logprobs: Json | None) -> Json:
+    def _data(self, index: int, text: str, reason: str | None, logprobs: Json | None, ids: Json | None = None) -> Json:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return self._envelope() | {"choices": [choice]}
+        return self._envelope() | {"choices": [choice | (ids or {})]}
 
     def _envelope(self) -> Json:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}

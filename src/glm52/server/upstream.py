@@ -1,11 +1,15 @@
 """A backend that has another server compute: vLLM, SGLang or llama.cpp, or one of our own.
 
 Prompts are rendered and tokenized here and go upstream as token ids; what comes back is followed token by token like a
-reply of our own engine: budgets of thinking, stop strings and loops are seen here. Where thinking must close, the
-stream is cut and the reply goes on from the same tokens with ``</think>`` after them. What an upstream cannot be held
-to (forms, required tools) and what it would not tell alike (log probabilities) is refused.
+reply of our own engine: budgets of thinking, forms, stop strings and loops are seen here. Where thinking must close,
+the stream is cut and the reply goes on from the same tokens with ``</think>`` after them. Where a token comes that the
+form of the answer does not let stand, the stream is cut before it, and upstream chooses one more token among those that
+may stand (a bias of 100 for them). That is what a mask makes of the same logits: the greedy choice is the same, and a
+token drawn, and drawn again where it may not stand, has the distribution of one drawn behind a mask. Log probabilities,
+which every upstream tells differently, are refused.
 """
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -13,15 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import numpy as np
 
 from glm52.config import GLMConfig
-from glm52.engine import Event, SamplingParams, Sequence
+from glm52.engine import Event, FinishReason, SamplingParams, Sequence
 from glm52.engine.guide import Guide, Marks
+from glm52.engine.matcher import Matchers
 from glm52.errors import RequestError
 from glm52.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 _CONNECT_S, _STALL_S = 10.0, 300.0
+_BIAS = 100.0  # OpenAI's most: as good as a ban or an exclusive choice
 
 
 @dataclass
@@ -42,7 +49,8 @@ class Upstream:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._tokenizer, self._marks = tokenizer, Marks.of(tokenizer)
-        self._eos = frozenset(config.eos_token_id)
+        self._eos, self._vocab_size = frozenset(config.eos_token_id), config.vocab_size
+        self._matchers = Matchers(tokenizer, config.vocab_size, self._eos)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = httpx.Timeout(stall_s, connect=_CONNECT_S)
         self.model, self.context_length, self.is_llama = "", config.max_position_embeddings, False
@@ -61,65 +69,95 @@ class Upstream:
 
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
         """Events of one reply until its finish_reason."""
-        _check(params)
-        prompt = list(tokens)
-        limit = min(params.max_tokens, self.context_length - len(prompt))
-        seq = Sequence(
-            id=0, prompt=prompt, params=params, seed=0, tokens=list(prompt), max_tokens=limit,
-            detokenizer=self._tokenizer.stream(), guide=Guide(params, prompt, limit, self._eos, self._marks),
-        )  # fmt: skip
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) is not None:
+                raise RequestError(f"{name}: not available through an upstream server", param=name)
+        if params.grammar is not None:
+            await asyncio.to_thread(self._matchers.compile, params.grammar)
+        seq, choices, is_first = self._new_sequence(list(tokens), params), None, True
         async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout) as client:
             while seq.finish_reason is None:
-                async with contextlib.aclosing(self._follow(client, seq)) as events:  # type: ignore[type-var]
+                length = len(seq.tokens)
+                replies = self._follow(client, seq, choices, is_first)
+                async with contextlib.aclosing(replies) as events:  # type: ignore[type-var]
                     async for event in events:
                         yield event
-                if seq.finish_reason is None:
-                    assert self._marks is not None
-                    yield self._take(seq, [self._marks.end_think])
+                if seq.finish_reason is not None:
+                    return
+                if choices is not None and len(seq.tokens) == length:
+                    raise RequestError("the upstream server does not choose among the tokens that logit_bias leaves it",
+                                       status=502, code="upstream_error")  # fmt: skip
+                choices, is_first = self._choices(seq) if choices is None else None, False
+                if choices is not None and len(choices) < 2:
+                    yield self._take(seq, choices) if choices else self._end(seq, "grammar")
+                    choices = None
 
-    async def _follow(self, client: httpx.AsyncClient, seq: Sequence) -> AsyncIterator[Event]:
-        """One request upstream: until the reply ends, or must close its thinking. What the cache held is what it held
-        before the first."""
-        is_first = not seq.output
-        async with contextlib.aclosing(self._pieces(client, seq)) as pieces:  # type: ignore[type-var]
+    def _new_sequence(self, prompt: list[int], params: SamplingParams) -> Sequence:
+        limit = min(params.max_tokens, self.context_length - len(prompt))
+        matcher = None if params.grammar is None else self._matchers.new(params.grammar)
+        return Sequence(
+            id=0, prompt=prompt, params=params, seed=0, tokens=list(prompt), max_tokens=limit,
+            detokenizer=self._tokenizer.stream(), guide=Guide(params, prompt, limit, self._eos, self._marks, matcher),
+        )  # fmt: skip
+
+    async def _follow(
+        self, client: httpx.AsyncClient, seq: Sequence, choices: list[int] | None, is_first: bool
+    ) -> AsyncIterator[Event]:
+        """One request upstream, until the reply ends or must not go on as upstream would have it. What the cache held
+        is what it held before the first. choices: one more token is wanted, of these."""
+        async with contextlib.aclosing(self._pieces(client, seq, choices)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 if is_first and piece.num_cached is not None:
                     seq.num_cached_tokens = piece.num_cached
                 ids = self._tokenizer.encode(piece.text) if piece.token_ids is None else piece.token_ids
-                is_cut = seq.guide.must_close
-                if ids and not is_cut:
-                    yield self._take(seq, ids)
-                    is_cut = seq.guide.must_close
+                event = self._take(seq, ids)
+                if ids:
+                    yield event
+                is_cut = seq.guide.must_close or len(event.token_ids) < len(ids) or (choices is not None and ids)
                 if seq.finish_reason is not None or is_cut:
                     return
+                if piece.finish == "length" and choices is None:
+                    yield self._end(seq, "length")
+                elif piece.finish == "stop" and any(self._admits(seq, token) for token in self._eos):
+                    yield self._end(seq, "stop")
                 if piece.finish is not None:
-                    if not (piece.finish == "stop" and seq.guide.is_bound):
-                        seq.finish_reason = "length" if piece.finish == "length" else "stop"
-                        yield Event(seq=seq, text=seq.close_text(), finish_reason=seq.finish_reason)
                     return
         raise RequestError("the upstream server's stream was cut off", status=502, code="upstream_cut")
 
     def _take(self, seq: Sequence, ids: list[int]) -> Event:
-        """Tokens that came, as far as they stand."""
+        """Tokens that came, as far as they may stand."""
         said, text = [], ""
         for token in ids:
-            if seq.guide.is_bound and token in self._eos:
-                break  # the end of the reply becomes the end of the thought
+            if seq.finish_reason is not None or not self._admits(seq, token):
+                break
             piece = seq.append(token, self._eos)
             if piece is not None:
                 said.append(token)
                 text += piece
-            if seq.finish_reason is not None or seq.guide.must_close:
-                break
         text += seq.close_text() if seq.finish_reason is not None else ""
         return Event(seq=seq, token_ids=said, text=text, finish_reason=seq.finish_reason)
 
-    async def _pieces(self, client: httpx.AsyncClient, seq: Sequence) -> AsyncIterator[Piece]:
-        path, body, parse = (
-            ("/completion", self._llama_body(seq), parse_llama)
-            if self.is_llama
-            else ("/v1/completions", self._body(seq), parse_completion)
-        )
+    def _end(self, seq: Sequence, reason: FinishReason) -> Event:
+        seq.finish_reason = reason
+        return Event(seq=seq, text=seq.close_text(), finish_reason=reason)
+
+    def _admits(self, seq: Sequence, token: int) -> bool:
+        return seq.guide.admits(token, self._vocab_size)
+
+    def _choices(self, seq: Sequence) -> list[int]:
+        """The tokens that may come next, where upstream's was none of them."""
+        if seq.guide.is_reasoning:
+            assert self._marks is not None
+            return [self._marks.end_think]
+        allowed = seq.guide.allowed(self._vocab_size)
+        return [] if allowed is None else np.flatnonzero(allowed).tolist()
+
+    async def _pieces(
+        self, client: httpx.AsyncClient, seq: Sequence, choices: list[int] | None
+    ) -> AsyncIterator[Piece]:
+        path, parse = ("/completion", parse_llama) if self.is_llama else ("/v1/completions", parse_completion)
+        limit = seq.max_tokens - len(seq.output) if choices is None else 1
+        body = (self._llama_body if self.is_llama else self._body)(seq, limit, self._bias(seq.params, choices))
         last = None
         with _named(self.url):
             async with client.stream("POST", self.url + path, json=body) as reply:
@@ -140,48 +178,48 @@ class Upstream:
         if last is not None:
             yield last
 
-    def _body(self, seq: Sequence) -> Json:
+    def _bias(self, params: SamplingParams, choices: list[int] | None) -> dict[int, float]:
+        """The request's own, and for choices of the next token: for them, or against the others if those are fewer."""
+        bias = dict(params.logit_bias)
+        if choices is not None:
+            others = np.setdiff1d(np.arange(self._vocab_size), choices, assume_unique=True).tolist()
+            for token in min(choices, others, key=len):
+                bias[token] = bias.get(token, 0.0) + (_BIAS if len(choices) <= len(others) else -_BIAS)
+        return bias
+
+    def _body(self, seq: Sequence, limit: int, bias: dict[int, float]) -> Json:
         """For ``/v1/completions``. Stop strings stay here: upstream they would be found in thinking too."""
         params = seq.params
         optional = {
             "top_k": params.top_k, "min_p": params.min_p, "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty, "ignore_eos": params.ignore_eos,
-            "logit_bias": {str(k): v for k, v in params.logit_bias.items()},
-            "stop_token_ids": sorted(params.stop_token_ids),
-            "min_tokens": int(seq.thinking_closed is not None),
+            "logit_bias": {str(k): v for k, v in bias.items()}, "stop_token_ids": sorted(params.stop_token_ids),
         }  # fmt: skip
         return {
-            "model": self.model, "prompt": seq.tokens, "max_tokens": seq.max_tokens - len(seq.output), "stream": True,
+            "model": self.model, "prompt": seq.tokens, "max_tokens": limit, "stream": True,
             "stream_options": {"include_usage": True}, "temperature": params.temperature, "top_p": params.top_p,
             "skip_special_tokens": False, "spaces_between_special_tokens": False, "return_token_ids": True,
-            **{k: v for k, v in optional.items() if v},
-            **({"seed": params.seed} if params.seed is not None else {}),
+            **{k: v for k, v in optional.items() if v}, **_seed(seq),
             **({"repetition_penalty": params.repetition_penalty} if params.repetition_penalty != 1.0 else {}),
         }  # fmt: skip
 
-    def _llama_body(self, seq: Sequence) -> Json:
+    def _llama_body(self, seq: Sequence, limit: int, bias: dict[int, float]) -> Json:
         """For llama.cpp's ``/completion``, whose own defaults are none of ours. Timings tell what the cache held;
         not asked for, they come after the token that ends a reply."""
         params = seq.params
         return {
-            "prompt": seq.tokens, "n_predict": seq.max_tokens - len(seq.output), "stream": True, "cache_prompt": True,
+            "prompt": seq.tokens, "n_predict": limit, "stream": True, "cache_prompt": True,
             "return_tokens": True, "timings_per_token": True,
             "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
             "min_p": params.min_p, "presence_penalty": params.presence_penalty, "ignore_eos": params.ignore_eos,
             "frequency_penalty": params.frequency_penalty, "repeat_penalty": params.repetition_penalty,
-            "logit_bias": [[k, v] for k, v in params.logit_bias.items()],
-            **({"seed": params.seed} if params.seed is not None else {}),
+            "logit_bias": [[k, v] for k, v in bias.items()], **_seed(seq),
         }  # fmt: skip
 
 
-def _check(params: SamplingParams) -> None:
-    """RequestError for what an upstream cannot be held to."""
-    if params.grammar is not None and params.grammar.param != "tools":
-        name = params.grammar.param
-        raise RequestError(f"{name}: the upstream server cannot be held to a form; ask without it", param=name)
-    for name in ("logprobs", "prompt_logprobs"):
-        if getattr(params, name) is not None:
-            raise RequestError(f"{name}: not available through an upstream server", param=name)
+def _seed(seq: Sequence) -> Json:
+    """Another one for each request of a reply: with one and the same, every first token would be drawn alike."""
+    return {} if seq.params.seed is None else {"seed": seq.params.seed + len(seq.output)}
 
 
 def parse_completion(line: str) -> Piece:
