@@ -1,5 +1,5 @@
-// Threads that share a range. Between two calls they spin for some ten microseconds, since the next call of a forward
-// is near, and then sleep. Who computes which part is not fixed; no result may depend on it.
+// Threads that share a range. Between two calls they spin for half a millisecond, since the next call, of this forward
+// or of the next, is near, and then sleep. Who computes which part is not fixed; no result may depend on it.
 #pragma once
 
 #include <cstddef>

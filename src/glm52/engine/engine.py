@@ -187,21 +187,27 @@ class Engine:
         for w in work:
             known = w.seq.tokens[w.seq.num_cached : w.seq.num_cached + w.count]
             ids += known + w.seq.drafts[: w.count - len(known)]
-        return torch.tensor(ids)
+        return _tensor(ids)
 
     def _spans(self, parts: list[tuple[Sequence, int, int]]) -> Spans:
         """Spans of tokens [begin, begin + count) of each sequence over the cache."""
         size = self.pages.page_size
+        positions: list[int] = []
+        rows: list[int] = []
+        seqs: list[int] = []
+        for s, (seq, begin, count) in enumerate(parts):
+            end = begin + count
+            positions += range(begin, end)
+            seqs += [s] * count
+            for page in range(begin // size, -(-end // size)):
+                first = seq.pages[page] * size
+                rows += range(first + max(begin - page * size, 0), first + min(end - page * size, size))
         widest = max(len(seq.pages) for seq, _, _ in parts)
-        tables = np.array([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], dtype=np.int32)
-        positions = np.concatenate([np.arange(begin, begin + count) for _, begin, count in parts])
-        seqs = np.repeat(np.arange(len(parts)), [count for _, _, count in parts])
-        rows = tables[seqs, positions // size].astype(np.int64) * size + positions % size
         lengths = [begin + count for _, begin, count in parts]
         return Spans(
-            where_3T=torch.from_numpy(np.stack((positions, rows, seqs))),
-            tables_SP=torch.from_numpy(tables),
-            lengths_S=torch.tensor(lengths),
+            where_3T=_tensor((positions, rows, seqs)),
+            tables_SP=_tensor([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], np.int32),
+            lengths_S=_tensor(lengths),
             max_length=max(lengths),
             page_size=size,
         )
@@ -229,8 +235,10 @@ class Engine:
                 ends.append((w, at))
         if not ends:
             return []
-        rows = torch.cat([torch.arange(end - w.drafts - 1, end) for w, end in ends])
-        logits = self.model.logits(h_TD[rows]).numpy()
+        rows = [row for w, end in ends for row in range(end - w.drafts - 1, end)]
+        if len(rows) < len(h_TD):
+            h_TD = h_TD[_tensor(rows)]
+        logits = self.model.logits(h_TD).numpy()
         events, at = [], 0
         for w, _ in ends:
             events.append(self._advance(w, logits[at : at + w.drafts + 1]))
@@ -345,11 +353,10 @@ class Engine:
         parts = [(seq, begin, len(h)) for seq, h, begin in extend if len(h)]
         if not parts:
             return
-        next_tokens = torch.tensor([t for seq, begin, n in parts for t in seq.tokens[begin + 1 : begin + n + 1]])
-        z_TD, selection = self.model.draft(
-            torch.cat([h for _, h, _ in extend]), next_tokens, self._spans(parts), self.cache
-        )
-        ends = torch.tensor([n for _, _, n in parts]).cumsum(0) - 1
+        next_tokens = _tensor([t for seq, begin, n in parts for t in seq.tokens[begin + 1 : begin + n + 1]])
+        h_TD = torch.cat([h for _, h, _ in extend]) if len(extend) > 1 else extend[0][1]
+        z_TD, selection = self.model.draft(h_TD, next_tokens, self._spans(parts), self.cache)
+        ends = np.cumsum([n for _, _, n in parts]) - 1
         chosen = [
             i for i, (seq, begin, n) in enumerate(parts)
             if begin + n == len(seq.tokens) - 1 and seq.finish_reason is None and self._has_room(seq)
@@ -357,8 +364,9 @@ class Engine:
         if not chosen or not self.draft_depth:
             return
         seqs = [parts[i][0] for i in chosen]
-        z_SD, selection = z_TD[ends[chosen]], selection[ends[chosen]]
-        positions = torch.tensor([len(seq.tokens) - 1 for seq in seqs])
+        of_chosen = _tensor(ends[chosen])
+        z_SD, selection = z_TD[of_chosen], selection[of_chosen]
+        positions = _tensor([len(seq.tokens) - 1 for seq in seqs])
         if all(self._is_plain(seq) for seq in seqs):
             drafts = self.model.propose(z_SD, positions, self.cache, selection, self.draft_depth).tolist()
             for seq, tokens in zip(seqs, drafts, strict=True):
@@ -400,6 +408,11 @@ class Engine:
         seq.drafts.append(token)
         seq.draft_probabilities.append(q)
         return token
+
+
+def _tensor(numbers: Any, dtype: Any = np.int64) -> Tensor:
+    """``torch.tensor`` takes three times as long, which is felt in a small model's step."""
+    return torch.from_numpy(np.array(numbers, dtype=dtype))
 
 
 def _logprob(logits_W: Array, token: int, count: int) -> TokenLogprob:
