@@ -10,6 +10,7 @@ wakeup an event, and only looks for the first event and the last.
 """
 
 import argparse
+import gc
 import json
 import random
 import selectors
@@ -112,6 +113,7 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, "-m", "glm52.cli", "serve", str(folder), *options])
     try:
         session = Session.open(folder, max_seqs=args.streams, num_drafts=0)
+        gc.freeze()  # as the server does
         for _ in range(600):
             try:
                 httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()

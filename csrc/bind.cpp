@@ -357,6 +357,7 @@ void add_layer(Stack& s, const nb::dict& l) {
     refuse("layer: expected a dense MLP or a router with experts");
   }
   s.layers.push_back(std::move(out));
+  s.expert_use.emplace_back();
 }
 
 // ``written``: every token's position must lie on its sequence's pages.
@@ -556,6 +557,14 @@ NB_MODULE(_kernels, m) {
           "top_k", [](const Stack& s) { return s.top_k; },
           [](Stack& s, size_t n) { s.top_k = within("top_k", n, 1, LARGE); })
       .def_ro("select_s", &Stack::select_s, "Seconds spent in the indexers' search so far.")
+      .def_prop_ro(
+          "expert_use",
+          [](const Stack& s) {
+            std::vector<std::pair<int64_t, int64_t>> use;
+            for (const auto& u : s.expert_use) use.emplace_back(u.hits, u.reads);
+            return use;
+          },
+          "Of each layer: products of a token with a routed expert so far, and how often one was read for them.")
       .def("add_layer", &add_layer)
       .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("norm"), nb::arg("draft"), nb::keep_alive<1, 2>())
       .def("forward", &forward, nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),

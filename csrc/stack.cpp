@@ -180,7 +180,7 @@ void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selectio
     attention(l, i, b, cache, selection, write, x);
     norm(l.post_norm, x, b.tokens, h_.reserve(b.tokens * dims_.hidden));
     if (l.router)
-      sparse(l, b.tokens, x);
+      sparse(l, expert_use[i], b.tokens, x);
     else
       dense(l.dense, b.tokens, x);
   }
@@ -443,7 +443,7 @@ void Stack::dense(const Expert& e, size_t T, float* x) {
   });
 }
 
-void Stack::sparse(const Layer& l, size_t T, float* x) {
+void Stack::sparse(const Layer& l, ExpertUse& use, size_t T, float* x) {
   const Dims& d = dims_;
   const size_t E = d.experts, K = d.experts_per_token;
   float *logits = logits_.reserve(T * E), *weights = weights_.reserve(T * K);
@@ -456,6 +456,8 @@ void Stack::sparse(const Layer& l, size_t T, float* x) {
     }
   });
   experts(l.experts, l.dense, T, K, ids, weights, h_.data(), x);
+  use.hits += static_cast<int64_t>(T * K);
+  use.reads += std::count_if(items_.begin(), items_.end(), [](const Item& m) { return m.token; });
 }
 
 // The work of each expert that has any: its tokens, their weights, and where its activations lie. The shared expert

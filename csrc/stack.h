@@ -5,6 +5,8 @@
 // token, so a token's bits depend neither on the others in the batch nor on the threads.
 #pragma once
 
+#include <atomic>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -100,6 +102,12 @@ class Stack {
   Ends ends;
   size_t threads, top_k;
   double select_s = 0.0;  // spent in the indexers' search so far
+  // Of each layer's routed experts so far: products of a token with one, and how often one was read for some of them.
+  // May be looked at while layers run.
+  struct ExpertUse {
+    std::atomic<int64_t> hits{0}, reads{0};
+  };
+  std::deque<ExpertUse> expert_use;
   const Dims& dims() const { return dims_; }
 
   // h [T, D]: the tokens through all layers but the drafting one, normed; their rows are written.
@@ -150,7 +158,7 @@ class Stack {
   void attend(const Layer& l, size_t index, const Batch& b, Cache& cache, const Selection& s, size_t width);
   void attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out);
   void dense(const Expert& e, size_t tokens, float* x);
-  void sparse(const Layer& l, size_t tokens, float* x);
+  void sparse(const Layer& l, ExpertUse& use, size_t tokens, float* x);
   void group(const std::vector<Expert>& all, const Expert& shared, size_t T, size_t K, const int32_t* ids,
              const float* weights);
   // An expert and its tokens. hidden, in, out: where its activations begin; first_block: where its work does.

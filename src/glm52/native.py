@@ -93,6 +93,13 @@ class NativeGLM:
         """Seconds that the indexers' search took so far."""
         return float(self._stack.select_s)
 
+    @property
+    def expert_use(self) -> dict[int, tuple[int, int]]:
+        """Of each sparse layer so far: products of a token with a routed expert, and how often one's weights were read
+        for them. May be asked while a step runs."""
+        use = self._stack.expert_use
+        return {layer: use[layer] for layer in range(len(use)) if self.config.is_sparse(layer)}
+
     def new_cache(self, num_rows: int) -> NativeCache:
         own = "f32" if self.format == "f32" else "bf16"
         return NativeCache(self.config, num_rows, own if self.cache_format == "auto" else self.cache_format)

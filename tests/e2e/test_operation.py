@@ -22,11 +22,15 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from glm52.engine import AsyncEngine
+from glm52 import ops
+from glm52.engine import AsyncEngine, SamplingParams
 from glm52.errors import RequestError
+from glm52.hub import NANO
 from glm52.server import command
 from glm52.server.limits import Keys
+from glm52.server.metrics import Metrics
 from glm52.server.service import Service
+from glm52.session import Session
 from tests.fixtures import write_tiny
 from tests.scripted import ScriptedModel, always
 from tests.serving import USER, WEATHER, Script, asgi, running, scripted_service, sse
@@ -297,6 +301,19 @@ def test_metrics_count_what_happened() -> None:
         > 0
     )
     assert value(text, "glm52_cache_pages") >= value(text, "glm52_cache_pages_unused") > 0
+
+
+@pytest.mark.skipif(ops.backend() == "reference", reason="counted by the native kernels")
+def test_metrics_of_experts() -> None:
+    """A prompt of four tokens in one step, whose experts are read once, then eight tokens of two experts each."""
+    session = Session.open(NANO, context=512, max_seqs=1, num_drafts=0)
+    session.engine.submit(list(range(2, 6)), SamplingParams(max_tokens=9, ignore_eos=True))
+    while session.engine.has_work:
+        session.engine.step()
+    text = Metrics(session.engine, lambda: 0, lambda: 0).text().decode()
+    assert value(text, "glm52_expert_hits_total", layer="0") == 0, "dense"
+    assert value(text, "glm52_expert_hits_total", layer="3") == (4 + 8) * 2
+    assert 8 * 2 + 2 <= value(text, "glm52_expert_reads_total", layer="3") <= (4 + 8) * 2
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

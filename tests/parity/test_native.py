@@ -51,6 +51,30 @@ def test_f32_is_the_reference(shape: str, seed: int) -> None:
     assert (forward(NativeGLM(model, "f32", threads=2), tokens(), 64)[0] - expected).abs().max() < 1e-4
 
 
+def test_use_of_experts_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hits: tokens times experts; reads: different experts of each step, as the reference's router chooses them."""
+    config = tiny_config(num_nextn_predict_layers=0)
+    model, chosen, route = random_model(config), [], ops.route
+
+    def spy(*args: Any) -> Any:
+        ids, weights = route(*args)
+        chosen.append(ids)
+        return ids, weights
+
+    monkeypatch.setattr(ops, "route", spy)
+    with torch.inference_mode():
+        model(tokens(), Spans.of_documents([LENGTH]))
+    layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
+    expected = {
+        layer: (ids.numel(), sum(len(part.unique()) for part in ids.split(7)))
+        for layer, ids in zip(layers, chosen, strict=True)
+    }
+    native = NativeGLM(model, "f32", threads=2)
+    assert set(native.expert_use.values()) == {(0, 0)}
+    forward(native, tokens(), 7)
+    assert native.expert_use == expected
+
+
 @pytest.mark.parametrize(("fmt", "cache"), [*((f, "auto") for f in FORMATS), ("bf16", "fp8"), ("f32", "fp8")])
 def test_bits_do_not_depend_on_chunk_or_threads(fmt: str, cache: Any) -> None:
     model = random_model(tiny_config(index_topk=40))

@@ -59,6 +59,14 @@ class _EngineStats(Collector):
             accepted.add_metric([str(depth + 1)], right)
         yield drafted
         yield accepted
+        hits = CounterMetricFamily("glm52_expert_hits", "Tokens times routed experts, by layer", labels=["layer"])
+        reads = CounterMetricFamily("glm52_expert_reads", "Times an expert's weights were read for them, by layer",
+                                    labels=["layer"])  # fmt: skip
+        for layer, (num_hits, num_reads) in getattr(self._engine.model, "expert_use", {}).items():
+            hits.add_metric([str(layer)], num_hits)
+            reads.add_metric([str(layer)], num_reads)
+        yield hits
+        yield reads
         yield CounterMetricFamily("glm52_engine_steps", "Steps of the engine", value=stats.steps)
         yield CounterMetricFamily("glm52_engine_seconds", "Time spent in steps", value=stats.forward_s)
         yield CounterMetricFamily("glm52_preemptions", "Sequences put back for lack of rows",
