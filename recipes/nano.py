@@ -54,6 +54,7 @@ EDGE = {
     "chat_long": 0.45, "chat_skills": 0.2, "chat_maths": 0.2, "chat_general": 0.05, "chat_recall": 0.05,
     "chat_mid": 0.05,
 }  # fmt: skip
+ROUNDED = EDGE | {"chat_long": 0.3, "chat_maths": 0.3, "chat_mid": 0.04, "code": 0.06}
 FAR = WIDE | {"chat_skills": 0.24, "chat_maths": 0.26, "chat_general": 0.05, "code": 0.05, "chat_long": 0.24}
 
 
@@ -105,5 +106,8 @@ def recipe() -> Recipe:
                   adam_lr=8e-3, decay_fraction=0.8, final_lr=0.05, distill_every=1),
             Stage(name="edge", tokens=491_520, mixture=EDGE, window=4096, stretch=4608, warmup_steps=4,
                   prompt_weight=0.1, muon_lr=3.5e-3, adam_lr=6e-4, mtp_weight=0.0, decay_fraction=0.9, final_lr=0.03),
+            Stage(name="rounded", start={"edge": 1.0}, tokens=1_966_080, mixture=ROUNDED, window=4096, stretch=4608,
+                  warmup_steps=4, prompt_weight=0.1, muon_lr=4e-3, adam_lr=6e-4, mtp_weight=0.0, decay_fraction=0.9,
+                  final_lr=0.03, cache_format="fp8"),
         ),
     )  # fmt: skip

@@ -136,6 +136,19 @@ class FP8Pool:
 Pool = Tensor | FP8Pool
 
 
+def as_cached_fp8(rows_TZ: Tensor, dim: int) -> Tensor:
+    """Rows as an ``FP8Pool`` gives them back, in their own dtype. The gradient passes straight through the rounding.
+
+    dim: width of the latent, whose values share scales by CACHE_GROUP. Source: Bengio et al. (arXiv 1308.3432).
+    """
+    groups, rest = -(-dim // CACHE_GROUP), rows_TZ.shape[1] - dim
+    data = torch.empty(len(rows_TZ), dim + 4 * groups + 2 * rest, dtype=torch.uint8, device=rows_TZ.device)
+    pool = FP8Pool(data, dim, CACHE_GROUP)
+    every = torch.arange(len(rows_TZ))
+    pool[every] = rows_TZ.detach()
+    return rows_TZ + (pool[every].to(rows_TZ.dtype) - rows_TZ).detach()
+
+
 class LatentCache:
     """Pools of cached rows: latent and rotated key (``row_width`` values) of every layer, and an index key for each
     layer that owns an indexer. Layer ``num_hidden_layers`` is the MTP layer's, where the configuration has one.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glm52 import ops
-from glm52.cache import CacheFormat, LatentCache, Pool, Spans, cache_dtype
+from glm52.cache import CacheFormat, LatentCache, Pool, Spans, as_cached_fp8, cache_dtype
 from glm52.config import GLMConfig
 
 # Fixed by the published model code, not by config.json.
@@ -40,7 +40,8 @@ class Context(NamedTuple):
 
     dense: no cache, and no token sees more rows than the indexer would select, so nothing is selected. distill: the
     indexers' loss is wanted. write: this forward owns the rows of its tokens (False for later draft steps); without a
-    cache such a step attends to ``rows``, those of the first.
+    cache such a step attends to ``rows``, those of the first. is_rounded: without a cache, rows are what an FP8 one
+    would give back.
     """
 
     spans: Spans
@@ -51,6 +52,7 @@ class Context(NamedTuple):
     distill: bool = False
     write: bool = True
     rows: Tensor | None = None
+    is_rounded: bool = False
 
 
 class Linear(nn.Module):
@@ -146,7 +148,7 @@ class Attention(nn.Module):
         q_TQ = self.q_a_layernorm(self.q_a_proj(h_TD))
         q_nope, q_rope = self.q_b_proj(q_TQ).unflatten(-1, (self.heads, -1)).split((self.nope_dim, self.rope_dim), -1)
         q_rope = ops.rope(q_rope, context.rope)
-        rows = self.rows(h_TD, context.rope) if context.rows is None else context.rows
+        rows = self.rows(h_TD, context) if context.rows is None else context.rows
         if context.cache is not None:
             pool = context.cache.rows(self.layer)
             if context.write:
@@ -167,10 +169,11 @@ class Attention(nn.Module):
                 selection = selection._replace(loss=selection.loss + loss)
         return self.o_proj(o.flatten(1)), selection
 
-    def rows(self, h_TD: Tensor, rope: Tensor) -> Tensor:
+    def rows(self, h_TD: Tensor, context: Context) -> Tensor:
         """What the cache holds of each token: the normalised latent and the rotated key, [T, Z]."""
         latent, k_rope = self.kv_a_proj_with_mqa(h_TD).split((self.latent_dim, self.rope_dim), -1)
-        return torch.cat((self.kv_a_layernorm(latent), ops.rope(k_rope, rope)), dim=-1)
+        rows = torch.cat((self.kv_a_layernorm(latent), ops.rope(k_rope, context.rope)), dim=-1)
+        return as_cached_fp8(rows, self.latent_dim) if context.is_rounded else rows
 
     def _select(
         self, indexer: Indexer, h_TD: Tensor, q_TQ: Tensor, selection: Selection, context: Context
@@ -314,7 +317,7 @@ class GLM(nn.Module):
     """The whole model. Weights are left uninitialised until they are loaded or ``train.init`` fills them.
 
     ``index_topk`` starts as the configuration's; training raises it to attend densely. ``cache_format``: what
-    ``new_cache`` makes.
+    ``new_cache`` makes; without a cache, what rows are rounded to.
     """
 
     def __init__(self, config: GLMConfig) -> None:
@@ -416,7 +419,7 @@ class GLM(nn.Module):
         y_TD, chosen = mtp(x_TD, Selection(), context)
         steps = [mtp.shared_head["norm"](y_TD)]
         if len(tokens_AT) > 1:
-            rows = mtp.self_attn.rows(mtp.input_layernorm(x_TD), context.rope)
+            rows = mtp.self_attn.rows(mtp.input_layernorm(x_TD), context)
             context = context._replace(write=False, distill=False, rows=rows)
         for a, tokens_T in enumerate(tokens_AT[1:], 1):
             x_TD = mtp.combine(self.model.embed_tokens(tokens_T), steps[-1])
@@ -427,7 +430,8 @@ class GLM(nn.Module):
 
     def _context(self, spans: Spans, cache: LatentCache | None) -> Context:
         dense = cache is None and spans.max_length <= self.index_topk
-        return Context(spans, self._rope(spans.positions_T), cache, self.index_topk, dense)
+        is_rounded = cache is None and self.cache_format == "fp8"
+        return Context(spans, self._rope(spans.positions_T), cache, self.index_topk, dense, is_rounded=is_rounded)
 
     def _rope(self, positions_T: Tensor) -> Tensor:
         table = ops.rope_table(positions_T, self.config.qk_rope_head_dim, self.config.rope_theta)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm52.cache import LatentCache, Spans
+from glm52.cache import LatentCache, Spans, as_cached_fp8
 from glm52.config import CACHE_GROUP, GLMConfig
 from tests.fixtures import random_model, tiny_config
 
@@ -86,6 +86,16 @@ def test_the_reference_reads_what_it_wrote() -> None:
     whole = logits(60)
     assert 0.01 < (whole - exact).square().mean().sqrt() / exact.std() < 0.2
     assert (logits(1) - whole).abs().max() < 1e-9 and (logits(7) - whole).abs().max() < 1e-9
+    without_cache = model.logits(model(tokens, Spans.of_documents([60])))
+    assert (without_cache - whole).abs().max() < 1e-9, "what a training stage with cache_format fp8 sees"
+
+
+def test_a_gradient_passes_straight_through_the_rounding_of_rows() -> None:
+    x = torch.randn(3, 48, requires_grad=True)
+    rows = as_cached_fp8(x, 32)
+    (rows * torch.arange(48.0)).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.arange(48.0).expand(3, 48))
+    assert torch.equal(rows[:, 32:], x[:, 32:].bfloat16().float()) and not torch.equal(rows, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e5m2])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glm52 import ops
+from glm52.cache import CacheFormat
 from glm52.checkpoint import write_checkpoint
 from glm52.config import GLMConfig
 from glm52.errors import ConfigError
@@ -43,8 +44,9 @@ class Stage:
     least ``window`` means dense). distill_every: steps between indexer-distillation losses (0 = never).
     prompt_weight: loss weight of chat tokens that the assistant does not produce. stretch: length up to which documents
     of a dense stage may be pulled apart by skipping positions (0 = none). draft_depth: steps of the MTP layer that are
-    trained, each on what the one before put out. start: exports of earlier stages and their shares; this one begins
-    with their weighted mean and new optimizer states (default: where the one before ended).
+    trained, each on what the one before put out. cache_format: fp8 rounds rows as such a cache does. start: exports of
+    earlier stages and their shares; this one begins with their weighted mean and new optimizer states (default: where
+    the one before ended).
     """
 
     name: str
@@ -66,6 +68,7 @@ class Stage:
     index_topk: int = 1 << 30
     distill_every: int = 0
     router_bias_lr: float = 1e-3
+    cache_format: CacheFormat = "auto"
     start: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -233,7 +236,7 @@ class Trainer:
             )
         if stage.start and not self.step_in_stage:
             self._start_from(stage.start)
-        self.model.index_topk = stage.index_topk
+        self.model.index_topk, self.model.cache_format = stage.index_topk, stage.cache_format
         of_mtp = f"model.layers.{self.recipe.config.num_hidden_layers}."
         for name, p in self.model.named_parameters():
             is_trained = {"all": True, "indexer": "indexer." in name, "mtp": name.startswith(of_mtp)}
