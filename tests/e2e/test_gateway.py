@@ -240,6 +240,7 @@ CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength":
 
 @pytest.mark.parametrize("fields", [
     {}, schema_fields("chat", CITY), {"guided_regex": "[A-Z]{3}-[0-9]{4}"}, {"guided_choice": ["left", "right"]},
+    {"guided_choice": ["left", "right"], "logit_bias": {str(TOKENIZER.encode("right")[0]): 60.0}},
     {"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "required"},
     {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
     {"reasoning": {"max_tokens": 8}}, {"reasoning": {"max_tokens": 8}, **schema_fields("chat", CITY)},

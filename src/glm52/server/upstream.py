@@ -103,8 +103,8 @@ class Upstream:
     async def _follow(
         self, client: httpx.AsyncClient, seq: Sequence, choices: list[int] | None, is_first: bool
     ) -> AsyncIterator[Event]:
-        """One request upstream, until the reply ends or must not go on as upstream would have it. What the cache held
-        is what it held before the first. choices: one more token is wanted, of these."""
+        """One request upstream, until the reply ends or must not go on as upstream would have it. is_first: of the
+        reply; only then is what the cache held a hit. choices: one more token is wanted, of these."""
         async with contextlib.aclosing(self._pieces(client, seq, choices)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 if is_first and piece.num_cached is not None:
@@ -179,13 +179,14 @@ class Upstream:
             yield last
 
     def _bias(self, params: SamplingParams, choices: list[int] | None) -> dict[int, float]:
-        """The request's own, and for choices of the next token: for them, or against the others if those are fewer."""
-        bias = dict(params.logit_bias)
-        if choices is not None:
-            others = np.setdiff1d(np.arange(self._vocab_size), choices, assume_unique=True).tolist()
-            for token in min(choices, others, key=len):
-                bias[token] = bias.get(token, 0.0) + (_BIAS if len(choices) <= len(others) else -_BIAS)
-        return bias
+        """The request's own, and for choices of the next token: for them, or against all others if those are fewer or
+        the request prefers some of the choices."""
+        if choices is None:
+            return dict(params.logit_bias)
+        others = np.setdiff1d(np.arange(self._vocab_size), choices, assume_unique=True).tolist()
+        if len(choices) <= len(others) and not params.logit_bias:
+            return dict.fromkeys(choices, _BIAS)
+        return {**params.logit_bias, **dict.fromkeys(others, -_BIAS)}
 
     def _body(self, seq: Sequence, limit: int, bias: dict[int, float]) -> Json:
         """For ``/v1/completions``. Stop strings stay here: upstream they would be found in thinking too."""
