@@ -72,12 +72,17 @@ class Worker {
   }
 
  private:
+  bool comes_soon() const {
+    for (int i = 0; i < SPINS && state_.load(std::memory_order_relaxed) != POSTED; ++i) PAUSE;
+    return state_.load() == POSTED;
+  }
+
   void loop() {
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + PATIENCE;
-      do {
-        for (int i = 0; i < SPINS && state_.load(std::memory_order_relaxed) != POSTED; ++i) PAUSE;
-      } while (state_.load() != POSTED && std::chrono::steady_clock::now() < until);
+      while (!comes_soon() && std::chrono::steady_clock::now() < until) {
+        std::this_thread::yield();  // to the caller, where it has no core of its own
+      }
       if (state_.load() != POSTED) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.store(true);
