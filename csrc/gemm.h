@@ -11,8 +11,8 @@
 namespace NS {
 
 // out[p][t] = sum over k of panel `first + p` [row, k] * x[k, t], one row in each lane. k runs upwards in one chain for
-// each element, whatever P and T are; formats with scales close a chain at the end of every group.
-template <class F, int P, int T>
+// each element, whatever P and T are; formats with scales close a chain at the end of every group. x is tiled for W.
+template <class F, int P, int T, int W = T>
 inline void multiply(const Panels& b, size_t first, const typename F::Activation* x, F16 (&out)[P][T]) {
   constexpr size_t all = SIZE_MAX;
   const size_t stride = b.stride;
@@ -29,7 +29,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
       for (int t = 0; t < T; ++t) acc[p][t] = F16::zero();
     }
     const size_t bytes = (e.end - e.begin) * stride;
-    for (size_t at = 0; at < bytes; at += stride, x += STEP * T) {
+    for (size_t at = 0; at < bytes; at += stride, x += STEP * W) {
       if (next) {
         fetch<P * F::bytes>(next);
         next += P * F::bytes;
@@ -41,7 +41,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
           F16 w[P];
           for (int p = 0; p < P; ++p) w[p] = F16::load(reinterpret_cast<const float*>(panel[p] + at) + k * LANES);
           for (int t = 0; t < T; ++t) {
-            const F16 b = F16::all(x[k * T + t]);
+            const F16 b = F16::all(x[k * W + t]);
             for (int p = 0; p < P; ++p) acc[p][t].fma(w[p], b);
           }
         }
@@ -50,7 +50,7 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
         for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + at);
         for (int half = 0; half < 2; ++half) {
           for (int t = 0; t < T; ++t) {
-            const Pairs b = Pairs::all(x + (half * T + t) * 2);
+            const Pairs b = Pairs::all(x + (half * W + t) * 2);
             for (int p = 0; p < P; ++p) Pairs::dot(acc[p][t], w[p].pairs[half], b);
           }
         }
@@ -68,9 +68,10 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
   }
 }
 
-template <class F, int P, int T>
+template <class F, int P, int T, int W = T>
 void product_of(const Panels& b, const typename F::Activation* x, float* out) {
-  each_panels<typename F::Activation, P, T>(b, out, [&](size_t at, F16(&y)[P][T]) { multiply<F, P, T>(b, at, x, y); });
+  each_panels<typename F::Activation, P, T>(b, out,
+                                            [&](size_t at, F16(&y)[P][T]) { multiply<F, P, T, W>(b, at, x, y); });
 }
 
 // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
@@ -84,7 +85,15 @@ void product(const Panels& b, size_t width, const typename F::Activation* x, flo
     case 4:
       return product_of<F, 4, 4>(b, x, out);
     case 8:
-      return product_of<F, 2, 8>(b, x, out);
+      if constexpr (F::scaled) {
+        return product_of<F, 2, 8>(b, x, out);
+      } else {
+        // Half of the tokens at a time: memory is read as it lies, and the other half finds it in a cache. What must be
+        // decoded is decoded once.
+        constexpr size_t HALF = 4, word = F::format == Format::f32 ? 1 : 2;
+        product_of<F, 4, HALF, 8>(b, x, out);
+        return product_of<F, 4, HALF, 8>(b, x + HALF * word, out + HALF * LANES);
+      }
     default:
       return product_of<F, 2, 12>(b, x, out);
   }
