@@ -63,7 +63,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     return ChatRequest(
         model=text.model or "", params=params, prompts=_prompts(text.prompt), structure=guided_structure(text),
         thinking=Thinking(enabled=False), n=num_answers(text), echo=bool(text.echo), stream=bool(text.stream),
-        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())), 
+        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())),
         raw={"only_echo": limit == 0, "wants_ids": bool(text.return_token_ids)},
     )  # fmt: skip
 
