@@ -30,8 +30,8 @@ CALL = "Hm.</think><tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome<
 
 
 class Fake:
-    """Speaks like vLLM, an older SGLang (no token ids) or llama.cpp. fault: how it goes wrong. What it says depends on whether
-    its prompt is still thinking; of the tokens that a bias leaves it, it chooses the first."""
+    """Speaks like vLLM, an older SGLang (no token ids) or llama.cpp. fault: how it goes wrong. What it says depends on
+    whether its prompt is still thinking; of the tokens that a bias leaves it, it chooses the first."""
 
     def __init__(self, kind: str = "vllm") -> None:
         self.kind, self.fault, self.thought, self.answer = kind, "", "Hm.</think>", "Hello!"

@@ -5,8 +5,8 @@ reply of our own engine: budgets of thinking, forms, stop strings and loops are 
 the stream is cut and the reply goes on from the same tokens with ``</think>`` after them. Where a token comes that the
 form of the answer does not let stand, the stream is cut before it, and upstream chooses one more token among those that
 may stand (a bias of 100 for them). That is what a mask makes of the same logits: the greedy choice is the same, and a
-token drawn, and drawn again where it may not stand, has the distribution of one drawn behind a mask. Log probabilities,
-which every upstream tells differently, are refused.
+token drawn, and drawn again where it may not stand, has the distribution of one drawn behind a mask (but for top_p and
+top_k, which cut before it). Log probabilities, which every upstream tells differently, are refused.
 """
 
 import asyncio
