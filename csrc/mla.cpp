@@ -150,30 +150,36 @@ float soften_as(float* s, size_t count, size_t padded, V* p) {
   return 1.0f / sum(total);
 }
 
+// Heads' sums of BLOCKS times 32 columns from `column` on, all in registers.
+template <class E, int H, size_t BLOCKS>
+void mix_columns(const MlaArgs& a, const typename E::Value* p, const float* inverse, size_t column, float* out) {
+  using Value = typename E::Value;
+  const size_t padded = a.padded();
+  F16 acc[H][BLOCKS][2];
+  for (auto& of_head : acc) {
+    for (auto& of_block : of_head) of_block[0] = of_block[1] = F16::zero();
+  }
+  for (size_t i = 0; i < a.count; i += 2) {
+    const Value *x = row_of<Value>(a, i) + column, *y = row_of<Value>(a, i + 1) + column;
+    for (size_t b = 0; b < BLOCKS; ++b) {
+      const typename E::Two two(x + b * ROW_PAD, y + b * ROW_PAD);
+      for (int h = 0; h < H; ++h) two.add(acc[h][b][0], acc[h][b][1], p + h * padded + i);
+    }
+  }
+  for (int h = 0; h < H; ++h) {
+    for (size_t b = 0; b < BLOCKS; ++b)
+      put<E>(a, acc[h][b][0], acc[h][b][1], inverse[h], column + b * ROW_PAD, out + h * a.layout.latent);
+  }
+}
+
 template <class E, int H>
 void mix_heads(const MlaArgs& a, const typename E::Value* p, const float* inverse, size_t begin, size_t end,
                float* out) {
-  using Value = typename E::Value;
-  constexpr size_t BLOCKS = H == 8 ? 1 : 2;  // of 32 values
-  const size_t padded = a.padded();
-  for (size_t c = begin; c < end; c += BLOCKS * ROW_PAD) {
-    const size_t blocks = c + ROW_PAD < end ? BLOCKS : 1;
-    F16 acc[H][BLOCKS][2];
-    for (auto& of_head : acc) {
-      for (auto& of_block : of_head) of_block[0] = of_block[1] = F16::zero();
-    }
-    for (size_t i = 0; i < a.count; i += 2) {
-      const Value *x = row_of<Value>(a, i) + c, *y = row_of<Value>(a, i + 1) + c;
-      for (size_t b = 0; b < blocks; ++b) {
-        const typename E::Two two(x + b * ROW_PAD, y + b * ROW_PAD);
-        for (int h = 0; h < H; ++h) two.add(acc[h][b][0], acc[h][b][1], p + h * padded + i);
-      }
-    }
-    for (int h = 0; h < H; ++h) {
-      for (size_t b = 0; b < blocks; ++b)
-        put<E>(a, acc[h][b][0], acc[h][b][1], inverse[h], c + b * ROW_PAD, out + h * a.layout.latent);
-    }
+  size_t c = begin;
+  if constexpr (H < 8) {
+    for (; c + ROW_PAD < end; c += 2 * ROW_PAD) mix_columns<E, H, 2>(a, p, inverse, c, out);
   }
+  for (; c < end; c += ROW_PAD) mix_columns<E, H, 1>(a, p, inverse, c, out);
 }
 
 template <class E>
