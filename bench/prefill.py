@@ -58,7 +58,7 @@ def step_seconds(model: NativeGLM, batch: int, context: int = 128, steps: int = 
         positions = torch.full((batch,), context + step)
         spans = Spans(
             where_3T=torch.stack((positions, torch.arange(batch) * 256 + positions, torch.arange(batch))),
-            tables_SP=_tables(batch), lengths_S=positions + 1, max_length=context + step + 1, page_size=64,
+            tables_SP=_tables(batch), page_size=64,
         )  # fmt: skip
         began = time.perf_counter()
         model.logits(model(ids, spans, cache)).argmax(-1)
@@ -74,7 +74,7 @@ def _spans(batch: int, seq: int, begin: int, end: int) -> Spans:
     positions = torch.arange(begin, end)
     return Spans(
         where_3T=torch.stack((positions, positions + seq * 256, torch.zeros_like(positions))),
-        tables_SP=_tables(batch)[seq : seq + 1], lengths_S=torch.tensor([end]), max_length=end, page_size=64,
+        tables_SP=_tables(batch)[seq : seq + 1], page_size=64,
     )  # fmt: skip
 
 

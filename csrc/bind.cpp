@@ -442,36 +442,33 @@ void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t pa
   s.draft(in, ids, b, cache, selection, write, out);
 }
 
-void propose(Stack& s, const Weights& head, Array positions, Cache& cache, Selection& selection, Output z, Output out) {
+void propose(Stack& s, const Weights& head, Array h, Array tokens, Array where, Array tables, size_t page_size,
+             Cache& cache, Array last, Output out) {
   if (!s.ends.combine) refuse("propose: this model has no layer that drafts");
-  const size_t D = s.dims().hidden, S = positions.shape(0);
-  const int64_t* at = integers<int64_t>("positions", positions, {ANY});
+  const size_t D = s.dims().hidden, S = last.shape(0);
+  const int64_t* ids = read_tokens(s, tokens);
+  const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), true);
+  const float* in = floats("h", h, {b.tokens, D});
+  const int64_t* ends = integers<int64_t>("last", last, {ANY});
+  if (!S) refuse("last: expected at least one, found none");
   for (size_t i = 0; i < S; ++i) {
-    if (at[i] < 0) refuse("positions: expected 0 or more");
+    if (ends[i] < 0 || static_cast<size_t>(ends[i]) >= b.tokens) refuse("last: expected places of the tokens");
   }
   require_matrix("head", head, s.ends.vocabulary, D);
-  float* state = floats_out("z", z, {S, D});
   require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {S, ANY});
   if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
-  if (selection.tokens != S || selection.num_rows > cache.num_rows)
-    refuse("selection: expected one for each sequence, of this cache");
   const nb::gil_scoped_release unlocked;
-  s.propose(*head, at, S, out.shape(1), cache, selection, state, static_cast<int64_t*>(out.data()));
+  s.propose(*head, in, ids, b, cache, ends, S, out.shape(1), static_cast<int64_t*>(out.data()));
 }
 
 std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
   const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
   const size_t n = tokens.shape(0);
-  auto out = std::make_shared<Selection>();
-  out->width = from.width;
-  out->tokens = n;
-  out->num_rows = from.num_rows;
-  int32_t *ids = out->ids.reserve(n * from.width), *counts = out->counts.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     if (t[i] < 0 || static_cast<size_t>(t[i]) >= from.tokens) refuse("tokens: outside the selection");
-    counts[i] = from.counts.data()[t[i]];
-    std::memcpy(ids + i * from.width, from.ids.data() + static_cast<size_t>(t[i]) * from.width, from.width * 4);
   }
+  auto out = std::make_shared<Selection>();
+  out->take(from, t, n);
   return out;
 }
 
@@ -573,9 +570,9 @@ NB_MODULE(_kernels, m) {
       .def("draft", &draft, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
            nb::arg("cache"), nb::arg("selection"), nb::arg("write"), nb::arg("z").noconvert(),
            "z [T, D] of one drafting step. With write it writes rows and fills the selection, else it uses it.")
-      .def("propose", &propose, nb::arg("head"), nb::arg("positions"), nb::arg("cache"), nb::arg("selection"),
-           nb::arg("z").noconvert(), nb::arg("out").noconvert(),
-           "out i64 [S, K]: K greedy drafts of S sequences whose last draft step left z [S, D], at positions i64 [S].")
+      .def("propose", &propose, nb::arg("head"), nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"),
+           nb::arg("page_size"), nb::arg("cache"), nb::arg("last"), nb::arg("out").noconvert(),
+           "out i64 [S, K]: one drafting step that writes, then K greedy drafts behind the tokens last i64 [S].")
       .def(
           "linear",
           [](Stack& s, const Weights& w, Array x, Output y) {

@@ -51,6 +51,16 @@ size_t Cache::num_bytes() const {
   return total;
 }
 
+void Selection::take(const Selection& from, const int64_t* which, size_t n) {
+  tokens = n, width = from.width, num_rows = from.num_rows;
+  int32_t *to = ids.reserve(n * width), *count = counts.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    const size_t t = static_cast<size_t>(which[i]);
+    std::copy_n(from.ids.data() + t * width, width, to + i * width);
+    count[i] = from.counts.data()[t];
+  }
+}
+
 void Stack::norm(const Vector& w, const float* x, size_t tokens, float* out) {
   const size_t n = w.size();
   pool::each(tokens, 16, threads, [&](size_t begin, size_t end) {
@@ -154,22 +164,27 @@ void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& 
   norm(ends.draft_norm, x, T, z);
 }
 
-void Stack::propose(const Matrix& head, const int64_t* positions, size_t sequences, size_t count, Cache& cache,
-                    Selection& s, float* z, int64_t* out) {
+void Stack::propose(const Matrix& head, const float* h, const int64_t* tokens, const Batch& b, Cache& cache,
+                    const int64_t* last, size_t sequences, size_t count, int64_t* out) {
   const size_t D = dims_.hidden, W = head.rows;
-  float* logits = vocabulary_.reserve(sequences * W);
-  int64_t *tokens = proposed_.reserve(sequences), *at = positions_.reserve(sequences);
-  std::copy_n(positions, sequences, at);
-  const Batch b = {sequences, at, nullptr, nullptr, nullptr, 0, 0};  // nothing is written or searched
+  float *z = z_.reserve(b.tokens * D), *of_last = of_last_.reserve(sequences * D),
+        *logits = vocabulary_.reserve(sequences * W);
+  draft(h, tokens, b, cache, selection_, true, z);
+  of_last_selection_.take(selection_, last, sequences);
+  int64_t *proposed = proposed_.reserve(sequences), *at = positions_.reserve(sequences);
+  for (size_t s = 0; s < sequences; ++s) {
+    std::copy_n(z + static_cast<size_t>(last[s]) * D, D, of_last + s * D);
+    at[s] = b.positions[last[s]];
+  }
+  const Batch behind = {sequences, at, nullptr, nullptr, nullptr, 0, 0};  // nothing is written or searched
   for (size_t k = 0; k < count; ++k) {
-    linear(head, z, D, sequences, logits, W);
-    for (size_t t = 0; t < sequences; ++t) {
-      const float* of_token = logits + t * W;
-      tokens[t] = out[t * count + k] = std::max_element(of_token, of_token + W) - of_token;
+    if (k) draft(of_last, proposed, behind, cache, of_last_selection_, false, of_last);
+    linear(head, of_last, D, sequences, logits, W);
+    for (size_t s = 0; s < sequences; ++s) {
+      const float* of_sequence = logits + s * W;
+      proposed[s] = out[s * count + k] = std::max_element(of_sequence, of_sequence + W) - of_sequence;
+      ++at[s];
     }
-    if (k + 1 == count) break;
-    draft(z, tokens, b, cache, s, false, z);
-    for (size_t t = 0; t < sequences; ++t) ++at[t];
   }
 }
 
@@ -339,10 +354,10 @@ void Stack::choose(const Batch& b, size_t t, std::vector<uint64_t>& candidates, 
   } else {
     for (size_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(i);
   }
-  for (size_t i = 0; i < count; ++i) {
-    const size_t position = static_cast<size_t>(out[i]);
-    out[i] =
-        static_cast<int32_t>(static_cast<size_t>(table[position / b.page_size]) * b.page_size + position % b.page_size);
+  const auto size = static_cast<int64_t>(b.page_size);
+  for (size_t i = 0; i < count;) {  // positions ascend: one division for each page
+    const int64_t page = out[i] / size, end = (page + 1) * size, shift = (table[page] - page) * size;
+    for (; i < count && out[i] < end; ++i) out[i] = static_cast<int32_t>(out[i] + shift);
   }
 }
 

@@ -75,6 +75,8 @@ struct Batch {
 struct Selection {
   Buffer<int32_t> ids, counts;
   size_t tokens = 0, width = 0, num_rows = 0;
+  // Becomes that of n of its tokens.
+  void take(const Selection& from, const int64_t* which, size_t n);
 };
 
 // What stands before and after the layers. embedding [vocabulary, D], float or bfloat16, is not owned. The last four
@@ -114,10 +116,10 @@ class Stack {
   void forward(const int64_t* tokens, const Batch& b, Cache& cache, float* h);
   // z [T, D]: one step of the drafting layer over h [T, D] and the tokens that follow. `write` as in ``run``.
   void draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z);
-  // Drafts after ``draft``: from z [S, D], changed in place, the likeliest token by ``head``, then one more step of the
-  // drafting layer with it at the next position over the same selection, and so on: out [S, count].
-  void propose(const Matrix& head, const int64_t* positions, size_t sequences, size_t count, Cache& cache, Selection& s,
-               float* z, int64_t* out);
+  // ``draft``, then drafts behind the tokens `last` [S]: of their z the likeliest token by ``head``, then that of one
+  // more step of the drafting layer with it at the next position over the same selection, and so on: out [S, count].
+  void propose(const Matrix& head, const float* h, const int64_t* tokens, const Batch& b, Cache& cache,
+               const int64_t* last, size_t sequences, size_t count, int64_t* out);
   // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the
   // selection given is used as it stands.
   void run(size_t begin, size_t end, const Batch& b, Cache& cache, Selection& selection, bool write, float* x);
@@ -172,10 +174,10 @@ class Stack {
   Dims dims_;
   const Table& table_;
   // Scratch, kept between calls.
-  Selection selection_;
+  Selection selection_, of_last_selection_;
   AttentionScratch attention_;
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
-      weights_, vocabulary_;
+      weights_, vocabulary_, z_, of_last_;
   Buffer<int64_t> proposed_, positions_;
   Buffer<uint8_t> tiles_[3], expert_in_, expert_out_;  // one for each rounding
   Buffer<float> sorted_weights_;

@@ -28,17 +28,14 @@ def cache_dtype(fmt: CacheFormat, model: torch.dtype) -> torch.dtype:
 class Spans:
     """Where each of T packed tokens sits.
 
-    where_3T: int64, the position, row and sequence of each token. Sequences count from 0 and never decrease. tables_SP:
-    int32 page numbers;
-    sequence s at position p lives in row ``tables_SP[s, p // page_size] * page_size + p % page_size``. lengths_S: int64
-    context length of each sequence including its tokens here; max_length is its maximum, known without a tensor read.
+    where_3T: int64, the position, row and sequence of each token. Sequences count from 0 and never decrease, positions
+    of one only grow. tables_SP: int32 page numbers;
+    sequence s at position p lives in row ``tables_SP[s, p // page_size] * page_size + p % page_size``.
     window: if set, T is a multiple of it and no sequence crosses a multiple of it (the training layout).
     """
 
     where_3T: Tensor
     tables_SP: Tensor
-    lengths_S: Tensor
-    max_length: int
     page_size: int = 1
     window: int | None = None
 
@@ -53,8 +50,6 @@ class Spans:
         return Spans(
             where_3T=torch.stack((row_T - start_S[seq_T], row_T, seq_T)),
             tables_SP=(start_S[:, None] + torch.arange(longest)).clamp(max=total - 1).to(torch.int32),
-            lengths_S=lengths_S,
-            max_length=longest,
             window=window,
         )
 
@@ -64,8 +59,7 @@ class Spans:
         positions = torch.arange(begin, end)
         return Spans(
             where_3T=torch.stack((positions, positions, torch.zeros_like(positions))),
-            tables_SP=torch.arange(-(-end // page_size), dtype=torch.int32)[None], lengths_S=torch.tensor([end]),
-            max_length=end, page_size=page_size,
+            tables_SP=torch.arange(-(-end // page_size), dtype=torch.int32)[None], page_size=page_size,
         )  # fmt: skip
 
     @staticmethod
@@ -74,8 +68,7 @@ class Spans:
         count = len(positions_S)
         return Spans(
             where_3T=torch.stack((positions_S, torch.zeros(count, dtype=torch.int64), torch.arange(count))),
-            tables_SP=torch.zeros(count, 1, dtype=torch.int32), lengths_S=positions_S + 1,
-            max_length=int(positions_S.max()) + 1, page_size=64,
+            tables_SP=torch.zeros(count, 1, dtype=torch.int32), page_size=64,
         )  # fmt: skip
 
     @property
@@ -94,9 +87,14 @@ class Spans:
     def seq_T(self) -> Tensor:
         return self.where_3T[2]
 
+    @property
+    def max_length(self) -> int:
+        """The longest context, its newest token included."""
+        return int(self.positions_T.max()) + 1
+
     def context_rows(self, s: int) -> Tensor:
-        """Rows of sequence s in the order of positions: int64 [lengths_S[s]]."""
-        p = torch.arange(int(self.lengths_S[s]))
+        """Rows of sequence s in the order of positions, up to its newest token: int64."""
+        p = torch.arange(int(self.positions_T[self.seq_T == s][-1]) + 1)
         return self.tables_SP[s].to(torch.int64)[p // self.page_size] * self.page_size + p % self.page_size
 
 

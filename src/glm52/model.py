@@ -392,14 +392,18 @@ class GLM(nn.Module):
         y_TD, chosen = mtp(x_TD, Selection(selection), context)
         return mtp.shared_head["norm"](y_TD), chosen.ids_TG
 
-    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: LatentCache, selection: Tensor, count: int) -> Tensor:
-        """Greedy drafts [S, count] of S sequences: the likeliest token of z_SD, as a step of ``draft`` left it, then
-        that of the step it begins, at positions_S, and so on over the same selection."""
-        tokens: list[Tensor] = []
-        for step in range(count):
-            if tokens:
-                spans = Spans.of_positions(positions_S + step - 1)
-                z_SD, _ = self.draft(z_SD, tokens[-1], spans, cache, selection)
+    def propose(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: LatentCache, last_S: Tensor, count: int
+    ) -> Tensor:
+        """``draft`` of the tokens, then greedy drafts [S, count] behind those that last_S points at: the likeliest
+        token of a step's z, then that of the step it begins at the next position, and so on over the same selection."""
+        z_TD, selection = self.draft(h_TD, tokens_T, spans, cache)
+        assert selection is not None
+        z_SD, selection, positions_S = z_TD[last_S], selection[last_S], spans.positions_T[last_S]
+        tokens = [self.logits(z_SD).argmax(-1)]
+        for step in range(1, count):
+            at = Spans.of_positions(positions_S + step)
+            z_SD, _ = self.draft(z_SD, tokens[-1], at, cache, selection)
             tokens.append(self.logits(z_SD).argmax(-1))
         return torch.stack(tokens, dim=1)
 

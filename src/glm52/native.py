@@ -125,12 +125,15 @@ class NativeGLM:
         self._stack.draft(h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, selection, first, z_TD.numpy())
         return z_TD, selection
 
-    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: NativeCache, selection: Any, count: int) -> Tensor:
-        """Greedy drafts [S, count] in one call; see ``GLM.propose``."""
-        tokens_SK = torch.empty(len(positions_S), count, dtype=torch.int64)
-        z_SD = z_SD.clone()
-        self._stack.propose(self._head, positions_S.numpy(), cache.handle, selection, z_SD.numpy(), tokens_SK.numpy())
-        return tokens_SK
+    def propose(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, last_S: Tensor, count: int
+    ) -> Tensor:
+        """``draft`` and greedy drafts [S, count] in one call; see ``GLM.propose``."""
+        drafts_SK = torch.empty(len(last_S), count, dtype=torch.int64)
+        self._stack.propose(
+            self._head, h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, last_S.numpy(), drafts_SK.numpy()
+        )
+        return drafts_SK
 
 
 def _where(spans: Spans) -> tuple[Any, Any, int]:

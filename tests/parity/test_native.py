@@ -177,7 +177,7 @@ def test_drafts_are_the_reference() -> None:
 
 @torch.inference_mode()
 def test_proposed_drafts_are_those_of_single_steps() -> None:
-    """Two sequences at once, four drafts: the likeliest token of each step, in the reference and natively."""
+    """Behind two tokens at once, four drafts: the likeliest token of each step, in the reference and natively."""
     model = random_model(tiny_config())
     proposed = []
     for body in (model, NativeGLM(model, "f32", threads=2)):
@@ -186,7 +186,7 @@ def test_proposed_drafts_are_those_of_single_steps() -> None:
         z, selection = body.draft(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache)
         ends = torch.tensor([60, 99])
         z, selection = z[ends], selection[ends]
-        drafts = body.propose(z, ends + 1, cache, selection, 4)
+        drafts = body.propose(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache, ends, 4)
         for step in range(4):
             assert torch.equal(body.logits(z).argmax(1), drafts[:, step])
             spans = Spans.of_positions(ends + 1 + step)

@@ -90,9 +90,9 @@ CALLS: dict[str, Call] = {
     "Stack.draft": (STACK.draft, PLACES | {
         "h": torch.ones(4, D), "cache": CACHE, "selection": CHOSEN, "write": True, "z": torch.zeros(4, D),
     }),
-    "Stack.propose": (STACK.propose, {
-        "head": HEAD, "positions": torch.arange(4), "cache": CACHE, "selection": CHOSEN, "z": torch.ones(4, D),
-        "out": torch.zeros(4, 3, dtype=torch.int64),
+    "Stack.propose": (STACK.propose, PLACES | {
+        "head": HEAD, "h": torch.ones(4, D), "cache": CACHE, "last": torch.tensor([1, 3]),
+        "out": torch.zeros(2, 3, dtype=torch.int64),
     }),
     "Stack.linear": (STACK.linear, {"w": MATRIX, "x": torch.ones(4, D), "y": torch.ones(4, 24)}),
 }  # fmt: skip
@@ -101,7 +101,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.uint8,
 FREE = {("pack", "w", "shape"), ("pack int4", "w", "shape"), ("pack fp8", "w", "shape"), ("read_seconds", "data", "shape"), ("Selection.__getitem__", "tokens", "shape"), ("Stack", "dims", "number"),
         ("Cache", "dims", "number"), ("Cache", "has_index", "shape"), ("Stack.set_ends", "embedding", "shape"),
         ("Stack.set_ends", "embedding", "dtype"), ("Stack.forward", "tables", "shape"), ("Stack.draft", "tables", "shape"),
-        ("pack int4", "zeros", "none"), ("Stack.set_ends", "draft", "none"), ("Stack.propose", "out", "shape")}  # fmt: skip
+        ("pack int4", "zeros", "none"), ("Stack.set_ends", "draft", "none"), ("Stack.propose", "out", "shape"),
+        ("Stack.propose", "tables", "shape")}  # fmt: skip
 
 
 def spoil_tensor(draw: Any, x: Tensor) -> tuple[str, Any]:
@@ -163,7 +164,7 @@ def test_a_spoilt_argument_is_a_value_error(name: str, data: st.DataObject) -> N
 
 
 @settings(max_examples=400, deadline=None)
-@given(call=st.sampled_from(("forward", "draft")), which=st.sampled_from(("tokens", "where", "tables")), at=st.integers(0, 11),
+@given(call=st.sampled_from(("forward", "draft", "propose")), which=st.sampled_from(("tokens", "where", "tables")), at=st.integers(0, 11),
        value=st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 70), page=st.sampled_from((16, 32, 48, 64, 2**62, 2**64 - 16)))  # fmt: skip
 def test_any_token_place_and_table_is_computed_or_refused(
     call: str, which: str, at: int, value: int, page: int
@@ -176,6 +177,8 @@ def test_any_token_place_and_table_is_computed_or_refused(
     try:
         if call == "forward":
             STACK.forward(**places, cache=CACHE, h=torch.zeros(4, D))
+        elif call == "propose":
+            STACK.propose(**CALLS["Stack.propose"][1] | places)
         else:
             STACK.draft(
                 torch.ones(4, D), **places, cache=CACHE, selection=CHOSEN, write=at % 2 == 0, z=torch.zeros(4, D)

@@ -45,7 +45,9 @@ class Model(Protocol):
     def draft(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None
     ) -> tuple[Tensor, Any]: ...
-    def propose(self, z_SD: Tensor, positions_S: Tensor, cache: Any, selection: Any, count: int) -> Tensor: ...
+    def propose(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, last_S: Tensor, count: int
+    ) -> Tensor: ...
 
 
 @dataclass
@@ -157,12 +159,11 @@ class Engine:
         if not work:
             return []
         began = time.perf_counter()
-        h_TD = self.model(
-            self._tokens(work), self._spans([(w.seq, w.seq.num_cached, w.count) for w in work]), self.cache
-        )
+        spans = self._spans(work)
+        h_TD = self.model(self._tokens(work), spans, self.cache)
         self._score_prompts(work, h_TD)
         events = self._sample_and_verify(work, h_TD)
-        self._commit_and_draft(work, h_TD)
+        self._commit_and_draft(work, h_TD, spans)
         seconds = time.perf_counter() - began
         self.stats.steps += 1
         self.stats.forward_s += seconds
@@ -189,26 +190,24 @@ class Engine:
             ids += known + w.seq.drafts[: w.count - len(known)]
         return _tensor(ids)
 
-    def _spans(self, parts: list[tuple[Sequence, int, int]]) -> Spans:
-        """Spans of tokens [begin, begin + count) of each sequence over the cache."""
+    def _spans(self, work: list[Work]) -> Spans:
+        """Where the tokens of a step lie in the cache."""
         size = self.pages.page_size
         positions: list[int] = []
         rows: list[int] = []
         seqs: list[int] = []
-        for s, (seq, begin, count) in enumerate(parts):
-            end = begin + count
+        for s, w in enumerate(work):
+            begin, pages = w.seq.num_cached, w.seq.pages
+            end = begin + w.count
             positions += range(begin, end)
-            seqs += [s] * count
+            seqs += [s] * w.count
             for page in range(begin // size, -(-end // size)):
-                first = seq.pages[page] * size
+                first = pages[page] * size
                 rows += range(first + max(begin - page * size, 0), first + min(end - page * size, size))
-        widest = max(len(seq.pages) for seq, _, _ in parts)
-        lengths = [begin + count for _, begin, count in parts]
+        widest = max(len(w.seq.pages) for w in work)
         return Spans(
             where_3T=_tensor((positions, rows, seqs)),
-            tables_SP=_tensor([seq.pages + [0] * (widest - len(seq.pages)) for seq, _, _ in parts], np.int32),
-            lengths_S=_tensor(lengths),
-            max_length=max(lengths),
+            tables_SP=_tensor([w.seq.pages + [0] * (widest - len(w.seq.pages)) for w in work], np.int32),
             page_size=size,
         )
 
@@ -235,25 +234,26 @@ class Engine:
                 ends.append((w, at))
         if not ends:
             return []
-        rows = [row for w, end in ends for row in range(end - w.drafts - 1, end)]
-        if len(rows) < len(h_TD):
-            h_TD = h_TD[_tensor(rows)]
+        if sum(w.drafts + 1 for w, _ in ends) < len(h_TD):
+            h_TD = h_TD[_tensor([row for w, end in ends for row in range(end - w.drafts - 1, end)])]
         logits = self.model.logits(h_TD).numpy()
+        best = logits.argmax(-1).tolist()
         events, at = [], 0
         for w, _ in ends:
-            events.append(self._advance(w, logits[at : at + w.drafts + 1]))
+            rows = slice(at, at + w.drafts + 1)
+            events.append(self._advance(w, logits[rows], best[rows]))
             at += w.drafts + 1
         return events
 
-    def _advance(self, w: Work, logits_KW: Array) -> Event:
-        """Verify one sequence's drafts against their logits and append what stands."""
+    def _advance(self, w: Work, logits_KW: Array, best_K: list[int]) -> Event:
+        """Verify one sequence's drafts against their logits, the likeliest tokens known, and append what stands."""
         seq = w.seq
         token_ids: list[int] = []
         text, logprobs = "", []
-        if not np.isfinite(logits_KW).all():
+        if not np.isfinite(logits_KW.max()):
             return self._fail(seq, "the model produced logits that are not finite")
         for depth, logits_W in enumerate(logits_KW):
-            token, is_draft = self._choose(seq, logits_W, depth if depth < w.drafts else None)
+            token, is_draft = self._choose(seq, logits_W, best_K[depth], depth if depth < w.drafts else None)
             if seq.guide.error is not None:  # the choice was among nothing
                 seq.finish_reason = "grammar"
                 break
@@ -275,8 +275,8 @@ class Engine:
         self.stats.output_tokens += len(token_ids)
         return Event(seq=seq, token_ids=token_ids, text=text, logprobs=logprobs, finish_reason=seq.finish_reason)
 
-    def _choose(self, seq: Sequence, logits_W: Array, depth: int | None) -> tuple[int, bool]:
-        """The token at the end of ``seq`` -> it, and whether it is the draft at ``depth``.
+    def _choose(self, seq: Sequence, logits_W: Array, best: int, depth: int | None) -> tuple[int, bool]:
+        """The token at the end of ``seq``, whose likeliest is ``best`` -> it, and whether it is the draft at ``depth``.
 
         Greedy drafts must be the argmax. Sampled ones are accepted with probability min(1, p/q) and otherwise replaced
         by a draw from the residual, which keeps the distribution exact. Source: Leviathan et al., 2211.17192.
@@ -284,7 +284,7 @@ class Engine:
         params, position = seq.params, len(seq.tokens)
         x = seq.guide.shape(processed(logits_W, params, seq.tokens, len(seq.prompt)))
         if params.is_greedy:
-            token = int(np.argmax(x))
+            token = best if x is logits_W else int(np.argmax(x))
             return token, depth is not None and token == seq.drafts[depth]
         p = distribution(x, params)
         if depth is None:
@@ -299,20 +299,18 @@ class Engine:
         seq.finish_reason = "error"
         return Event(seq=seq, finish_reason="error", error=reason)
 
-    def _commit_and_draft(self, work: list[Work], h_TD: Tensor) -> None:
+    def _commit_and_draft(self, work: list[Work], h_TD: Tensor, spans: Spans) -> None:
         """Count the rows that now stand, write the MTP layer's, draft, share full pages, retire the finished."""
-        extend: list[tuple[Sequence, Tensor, int]] = []
-        at = 0
+        begins = [w.seq.num_cached for w in work]
         for w in work:
-            seq, begin, end = w.seq, w.seq.num_cached, w.seq.num_cached + w.count
+            seq = w.seq
             seq.drafts, seq.draft_probabilities = [], []
             # The newest token has no row yet; rows of rejected drafts lie beyond it and will be overwritten.
-            seq.num_cached = min(end, len(seq.tokens) - 1)
-            extend.append((seq, h_TD[at : at + seq.num_cached - begin], begin))
-            at += w.count
+            seq.num_cached = min(seq.num_cached + w.count, len(seq.tokens) - 1)
         if self.num_drafts:
-            self._draft(extend)
-        for seq, _, begin in extend:
+            self._draft(work, begins, h_TD, spans)
+        for w, begin in zip(work, begins, strict=True):
+            seq = w.seq
             if seq.num_cached // self.pages.page_size > begin // self.pages.page_size:  # a page has become full
                 self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
                 if self.store is not None:
@@ -344,35 +342,32 @@ class Engine:
         self.pages.release(pages)
         return is_ready
 
-    def _draft(self, extend: list[tuple[Sequence, Tensor, int]]) -> None:
-        """Write the MTP rows of verified positions, then propose tokens for sequences that are at their end.
+    def _draft(self, work: list[Work], begins: list[int], h_TD: Tensor, spans: Spans) -> None:
+        """Write the MTP layer's rows of this step, then propose tokens for sequences that are at their end.
 
-        The row of position i needs the target's hidden state there and token i + 1. Later steps of a round reuse the
-        selection made at the last verified token and write nothing, so they read target-derived rows alone.
+        The row of position i needs the target's hidden state there and token i + 1. Where a draft was rejected that
+        token is not known, and any will do: like the target's, such a row is beyond what counts. Later steps of a round
+        reuse the selection made at the last verified token and write nothing, so they read target-derived rows alone.
         """
-        parts = [(seq, begin, len(h)) for seq, h, begin in extend if len(h)]
-        if not parts:
-            return
-        next_tokens = _tensor([t for seq, begin, n in parts for t in seq.tokens[begin + 1 : begin + n + 1]])
-        h_TD = torch.cat([h for _, h, _ in extend]) if len(extend) > 1 else extend[0][1]
-        z_TD, selection = self.model.draft(h_TD, next_tokens, self._spans(parts), self.cache)
-        ends = np.cumsum([n for _, _, n in parts]) - 1
-        chosen = [
-            i for i, (seq, begin, n) in enumerate(parts)
-            if begin + n == len(seq.tokens) - 1 and seq.finish_reason is None and self._has_room(seq)
-        ]  # fmt: skip
-        if not chosen or not self.draft_depth:
-            return
-        seqs = [parts[i][0] for i in chosen]
-        of_chosen = _tensor(ends[chosen])
-        z_SD, selection = z_TD[of_chosen], selection[of_chosen]
-        positions = _tensor([len(seq.tokens) - 1 for seq in seqs])
-        if all(self._is_plain(seq) for seq in seqs):
-            drafts = self.model.propose(z_SD, positions, self.cache, selection, self.draft_depth).tolist()
+        next_tokens: list[int] = []
+        seqs: list[Sequence] = []
+        last: list[int] = []
+        for w, begin in zip(work, begins, strict=True):
+            seq = w.seq
+            if seq.num_cached == len(seq.tokens) - 1 and seq.finish_reason is None and self._has_room(seq):
+                seqs.append(seq)
+                last.append(len(next_tokens) + seq.num_cached - begin - 1)
+            known = seq.tokens[begin + 1 : begin + 1 + w.count]
+            next_tokens += known + [0] * (w.count - len(known))
+        tokens_T, last_S, depth = _tensor(next_tokens), _tensor(last), self.draft_depth
+        if seqs and depth and all(self._is_plain(seq) for seq in seqs):
+            drafts = self.model.propose(h_TD, tokens_T, spans, self.cache, last_S, depth).tolist()
             for seq, tokens in zip(seqs, drafts, strict=True):
-                seq.drafts, seq.draft_probabilities = tokens, [None] * len(tokens)
-        else:
-            self._draw(seqs, z_SD, positions, selection)
+                seq.drafts, seq.draft_probabilities = tokens, [None] * depth
+            return
+        z_TD, selection = self.model.draft(h_TD, tokens_T, spans, self.cache)
+        if seqs and depth:
+            self._draw(seqs, z_TD[last_S], spans.positions_T[last_S] + 1, selection[last_S])
 
     def _is_plain(self, seq: Sequence) -> bool:
         """Whether nothing stands between the model's logits and its drafts."""

@@ -127,7 +127,7 @@ class Sequence:
         if self.detokenizer is None:
             return ""
         text = self.held_text + self.detokenizer.feed(tokens)
-        if self.guide.is_reasoning:
+        if self.guide.is_reasoning or not self.params.stop:
             return text
         at, self.stop_string = min(((text.find(s), s) for s in self.params.stop if s in text), default=(None, None))
         if at is not None:

@@ -83,7 +83,7 @@ def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Pool, spans: Spans, G: int
         return _select_in_windows(q_TXI, w_TX, keys_NI, spans.seq_T.view(-1, spans.window), G)
     width = min(G, spans.max_length)
     ids_TG = torch.full((spans.num_tokens, width), -1, dtype=torch.int32)
-    counts = torch.bincount(spans.seq_T, minlength=len(spans.lengths_S)).tolist()
+    counts = torch.bincount(spans.seq_T, minlength=len(spans.tables_SP)).tolist()
     start = 0
     for s, count in enumerate(counts):
         if not count:
