@@ -115,7 +115,7 @@ void require(const char* name, const A& a, bool dtype_ok, const char* dtype, std
   }
   if (!fits) refuse(std::string(name) + ": expected shape [" + wanted + "], found " + shape_of(a));
   int64_t stride = 1;
-  for (size_t d = a.ndim(); d-- > 0;) {
+  for (size_t d = a.size() ? a.ndim() : 0; d-- > 0;) {  // strides of nothing may be any
     if (a.shape(d) != 1 && a.stride(d) != stride)
       refuse(std::string(name) + ": expected contiguous rows; call .contiguous()");
     stride *= static_cast<int64_t>(a.shape(d));
@@ -428,48 +428,61 @@ void forward(Stack& s, Array tokens, Array where, Array tables, size_t page_size
   s.forward(ids, b, cache, out);
 }
 
-void draft(Stack& s, Array h, Array tokens, Array where, Array tables, size_t page_size, Cache& cache,
-           Selection& selection, bool write, Output z) {
-  if (!s.ends.combine) refuse("draft: this model has no layer for it");
+// What ``extend`` and ``propose`` take of a step.
+struct Step {
+  Batch batch;
+  const int64_t *tokens, *last;
+  const float* h;
+};
+
+Step read_step(const char* name, const Stack& s, const Array& h, const Array& tokens, const Array& where,
+               const Array& tables, size_t page_size, const Cache& cache, const Array& last) {
+  if (!s.ends.combine) refuse(std::string(name) + ": this model has no layer that drafts");
   const int64_t* ids = read_tokens(s, tokens);
-  const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), write);
-  const float* in = floats("h", h, {b.tokens, s.dims().hidden});
-  float* out = floats_out("z", z, {b.tokens, s.dims().hidden});
+  const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), true);
+  const int64_t* at = integers<int64_t>("last", last, {ANY});
+  for (size_t i = 0; i < last.shape(0); ++i) {
+    if (at[i] < 0 || static_cast<size_t>(at[i]) >= b.tokens || (i && at[i] <= at[i - 1]))
+      refuse("last: expected places of tokens, ascending");
+  }
   if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
-  if (!write && (selection.tokens != b.tokens || selection.num_rows > cache.num_rows))
+  return {b, ids, at, floats("h", h, {b.tokens, s.dims().hidden})};
+}
+
+void extend(Stack& s, Array h, Array tokens, Array where, Array tables, size_t page_size, Cache& cache, Array last,
+            Selection& selection, Output z) {
+  const Step step = read_step("extend", s, h, tokens, where, tables, page_size, cache, last);
+  float* out = floats_out("z", z, {last.shape(0), s.dims().hidden});
+  const nb::gil_scoped_release unlocked;
+  s.extend(step.h, step.tokens, step.batch, cache, step.last, last.shape(0), selection, out);
+}
+
+void draft(Stack& s, Array z, Array tokens, Array positions, Cache& cache, Selection& selection, Output out) {
+  if (!s.ends.combine) refuse("draft: this model has no layer that drafts");
+  const int64_t* ids = read_tokens(s, tokens);
+  const size_t S = tokens.shape(0);
+  const int64_t* at = integers<int64_t>("positions", positions, {S});
+  for (size_t i = 0; i < S; ++i) {
+    if (at[i] < 0) refuse("positions: expected 0 or more");
+  }
+  const float* in = floats("z", z, {S, s.dims().hidden});
+  float* to = floats_out("out", out, {S, s.dims().hidden});
+  if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
+  if (selection.tokens != S || selection.num_rows > cache.num_rows)
     refuse("selection: expected one for each token, of this cache");
   const nb::gil_scoped_release unlocked;
-  s.draft(in, ids, b, cache, selection, write, out);
+  s.draft(in, ids, at, S, cache, selection, to);
 }
 
 void propose(Stack& s, const Weights& head, Array h, Array tokens, Array where, Array tables, size_t page_size,
              Cache& cache, Array last, Output out) {
-  if (!s.ends.combine) refuse("propose: this model has no layer that drafts");
-  const size_t D = s.dims().hidden, S = last.shape(0);
-  const int64_t* ids = read_tokens(s, tokens);
-  const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), true);
-  const float* in = floats("h", h, {b.tokens, D});
-  const int64_t* ends = integers<int64_t>("last", last, {ANY});
-  if (!S) refuse("last: expected at least one, found none");
-  for (size_t i = 0; i < S; ++i) {
-    if (ends[i] < 0 || static_cast<size_t>(ends[i]) >= b.tokens) refuse("last: expected places of the tokens");
-  }
-  require_matrix("head", head, s.ends.vocabulary, D);
-  require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {S, ANY});
-  if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
+  const Step step = read_step("propose", s, h, tokens, where, tables, page_size, cache, last);
+  require_matrix("head", head, s.ends.vocabulary, s.dims().hidden);
+  require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {last.shape(0), ANY});
+  if (!last.shape(0)) refuse("last: expected at least one, found none");
   const nb::gil_scoped_release unlocked;
-  s.propose(*head, in, ids, b, cache, ends, S, out.shape(1), static_cast<int64_t*>(out.data()));
-}
-
-std::shared_ptr<Selection> take(const Selection& from, Array tokens) {
-  const int64_t* t = integers<int64_t>("tokens", tokens, {ANY});
-  const size_t n = tokens.shape(0);
-  for (size_t i = 0; i < n; ++i) {
-    if (t[i] < 0 || static_cast<size_t>(t[i]) >= from.tokens) refuse("tokens: outside the selection");
-  }
-  auto out = std::make_shared<Selection>();
-  out->take(from, t, n);
-  return out;
+  s.propose(*head, step.h, step.tokens, step.batch, cache, step.last, last.shape(0), out.shape(1),
+            static_cast<int64_t*>(out.data()));
 }
 
 }  // namespace
@@ -538,9 +551,7 @@ NB_MODULE(_kernels, m) {
           nb::arg("layer"), nb::rv_policy::reference_internal,
           "The bytes of a layer's index keys, in panels, in place.")
       .def_prop_ro("num_bytes", &Cache::num_bytes);
-  nb::class_<Selection>(m, "Selection", "The rows each token of a forward attends to.")
-      .def(nb::init<>())
-      .def("__getitem__", &take, nb::arg("tokens"), "The selections of some tokens, as a new one.");
+  nb::class_<Selection>(m, "Selection", "The rows each token of a forward attends to.").def(nb::init<>());
   nb::class_<Stack>(m, "Stack", "Decoder layers over packed tokens, as one call.")
       .def(
           "__init__",
@@ -567,12 +578,15 @@ NB_MODULE(_kernels, m) {
       .def("forward", &forward, nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
            nb::arg("cache"), nb::arg("h").noconvert(),
            "h [T, D] of tokens i64 [T]; where i64 [3, T], tables i32 [S, P].")
-      .def("draft", &draft, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"), nb::arg("page_size"),
-           nb::arg("cache"), nb::arg("selection"), nb::arg("write"), nb::arg("z").noconvert(),
-           "z [T, D] of one drafting step. With write it writes rows and fills the selection, else it uses it.")
+      .def("extend", &extend, nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"),
+           nb::arg("page_size"), nb::arg("cache"), nb::arg("last"), nb::arg("selection"), nb::arg("z").noconvert(),
+           "The drafting layer's rows of tokens i64 [T] after h [T, D]; z [S, D] and the selection of those at last.")
+      .def("draft", &draft, nb::arg("z"), nb::arg("tokens"), nb::arg("positions"), nb::arg("cache"),
+           nb::arg("selection"), nb::arg("out").noconvert(),
+           "out [S, D] of one more step after z [S, D], with tokens i64 [S] at positions i64 [S]; nothing is written.")
       .def("propose", &propose, nb::arg("head"), nb::arg("h"), nb::arg("tokens"), nb::arg("where"), nb::arg("tables"),
            nb::arg("page_size"), nb::arg("cache"), nb::arg("last"), nb::arg("out").noconvert(),
-           "out i64 [S, K]: one drafting step that writes, then K greedy drafts behind the tokens last i64 [S].")
+           "out i64 [S, K]: as ``extend``, then K greedy drafts behind each of the tokens at last i64 [S].")
       .def(
           "linear",
           [](Stack& s, const Weights& w, Array x, Output y) {

@@ -51,16 +51,6 @@ size_t Cache::num_bytes() const {
   return total;
 }
 
-void Selection::take(const Selection& from, const int64_t* which, size_t n) {
-  tokens = n, width = from.width, num_rows = from.num_rows;
-  int32_t *to = ids.reserve(n * width), *count = counts.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    const size_t t = static_cast<size_t>(which[i]);
-    std::copy_n(from.ids.data() + t * width, width, to + i * width);
-    count[i] = from.counts.data()[t];
-  }
-}
-
 void Stack::norm(const Vector& w, const float* x, size_t tokens, float* out) {
   const size_t n = w.size();
   pool::each(tokens, 16, threads, [&](size_t begin, size_t end) {
@@ -150,36 +140,58 @@ void Stack::forward(const int64_t* tokens, const Batch& b, Cache& cache, float* 
   norm(ends.norm, x, b.tokens, h);
 }
 
-void Stack::draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write,
-                  float* z) {
-  const size_t T = b.tokens, D = dims_.hidden;
+// What the drafting layer takes: [embedding, hidden], each normed, as one [T, D].
+float* Stack::combined(const float* h, const int64_t* tokens, size_t T) {
+  const size_t D = dims_.hidden;
   float *x = x_.reserve(T * D), *both = both_.reserve(2 * T * D);
   embed(tokens, T, x);
-  for (size_t t = 0; t < T; ++t) {  // the embedding's half first
+  for (size_t t = 0; t < T; ++t) {
     table_.norm.rms_norm(x + t * D, ends.embedding_norm.data(), dims_.eps, D, both + 2 * t * D);
     table_.norm.rms_norm(h + t * D, ends.hidden_norm.data(), dims_.eps, D, both + (2 * t + 1) * D);
   }
   linear(*ends.combine, both, 2 * D, T, x, D);
-  run(layers.size() - 1, layers.size(), b, cache, s, write, x);
-  norm(ends.draft_norm, x, T, z);
+  return x;
+}
+
+void Stack::extend(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, const int64_t* last,
+                   size_t sequences, Selection& s, float* z) {
+  const size_t D = dims_.hidden, S = sequences, index = layers.size() - 1;
+  const float* x = combined(h, tokens, b.tokens);
+  if (S < b.tokens) {  // of the others nothing is needed but their rows
+    angles(b);
+    project(layers[index], index, b, cache, true, false, x);
+  }
+  int64_t* where = where_.reserve(3 * S);
+  for (size_t i = 0; i < S; ++i) {
+    const size_t t = static_cast<size_t>(last[i]);
+    where[i] = b.positions[t], where[S + i] = b.rows[t], where[2 * S + i] = b.seqs[t];
+    std::copy_n(x + t * D, D, z + i * D);
+  }
+  s.tokens = S;
+  if (!S) return;
+  const Batch of_last = {S, where, where + S, where + 2 * S, b.tables, b.table_width, b.page_size};
+  run(index, index + 1, of_last, cache, s, true, z);
+  norm(ends.draft_norm, z, S, z);
+}
+
+void Stack::draft(const float* z, const int64_t* tokens, const int64_t* positions, size_t sequences, Cache& cache,
+                  Selection& s, float* out) {
+  float* x = combined(z, tokens, sequences);
+  const Batch b = {sequences, positions, nullptr, nullptr, nullptr, 0, 0};  // nothing is written or searched
+  run(layers.size() - 1, layers.size(), b, cache, s, false, x);
+  norm(ends.draft_norm, x, sequences, out);
 }
 
 void Stack::propose(const Matrix& head, const float* h, const int64_t* tokens, const Batch& b, Cache& cache,
                     const int64_t* last, size_t sequences, size_t count, int64_t* out) {
   const size_t D = dims_.hidden, W = head.rows;
-  float *z = z_.reserve(b.tokens * D), *of_last = of_last_.reserve(sequences * D),
-        *logits = vocabulary_.reserve(sequences * W);
-  draft(h, tokens, b, cache, selection_, true, z);
-  of_last_selection_.take(selection_, last, sequences);
+  float *z = z_.reserve(sequences * D), *logits = vocabulary_.reserve(sequences * W);
+  extend(h, tokens, b, cache, last, sequences, selection_, z);
   int64_t *proposed = proposed_.reserve(sequences), *at = positions_.reserve(sequences);
-  for (size_t s = 0; s < sequences; ++s) {
-    std::copy_n(z + static_cast<size_t>(last[s]) * D, D, of_last + s * D);
-    at[s] = b.positions[last[s]];
-  }
-  const Batch behind = {sequences, at, nullptr, nullptr, nullptr, 0, 0};  // nothing is written or searched
+  for (size_t s = 0; s < sequences; ++s) at[s] = b.positions[last[s]];
   for (size_t k = 0; k < count; ++k) {
-    if (k) draft(of_last, proposed, behind, cache, of_last_selection_, false, of_last);
-    linear(head, of_last, D, sequences, logits, W);
+    if (k) draft(z, proposed, at, sequences, cache, selection_, z);
+    linear(head, z, D, sequences, logits, W);
     for (size_t s = 0; s < sequences; ++s) {
       const float* of_sequence = logits + s * W;
       proposed[s] = out[s * count + k] = std::max_element(of_sequence, of_sequence + W) - of_sequence;
@@ -202,18 +214,9 @@ void Stack::run(size_t begin, size_t end, const Batch& b, Cache& cache, Selectio
 }
 
 void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x) {
-  const size_t T = b.tokens, D = dims_.hidden, H = dims_.heads;
-  float* h = h_.reserve(T * D);
-  norm(l.input_norm, x, T, h);
-  const size_t a_width = spaced(total_rows(l.a)), q_width = spaced(total_rows(l.q));
-  std::vector<Product> from_hidden = below(l.a, h, D, T, a_.reserve(T * a_width), a_width);
+  const size_t T = b.tokens, D = dims_.hidden, H = dims_.heads, q_width = spaced(total_rows(l.q));
   const bool selects = l.index_weights && write;
-  if (selects) {
-    const void* tile = tiled(*l.index_weights, h, D, T);
-    from_hidden.push_back({l.index_weights.get(), tile, index_w_.reserve(T * dims_.index_heads), dims_.index_heads});
-  }
-  products(from_hidden, T);
-  latents(l, index, b, cache, write, a_width);
+  project(l, index, b, cache, write, selects, x);
   products(below(l.q, q_latent_.data(), dims_.query_rank, T, q_.reserve(T * q_width), q_width), T);
   queries(l, T, q_width);
   if (selects) {
@@ -226,6 +229,21 @@ void Stack::attention(const Layer& l, size_t index, const Batch& b, Cache& cache
   pool::each(blocks(l.o->panels(), BLOCK), 1, threads, [&](size_t begin, size_t end) {
     table_.gemm.linear_add(*l.o, o, T, nullptr, nullptr, x, D, begin * BLOCK, std::min(end * BLOCK, l.o->panels()));
   });
+}
+
+// Products of x, normed, up to the latents; with `selects` the heads' weights of the indexer too.
+void Stack::project(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, bool selects,
+                    const float* x) {
+  const size_t T = b.tokens, D = dims_.hidden, width = spaced(total_rows(l.a));
+  float* h = h_.reserve(T * D);
+  norm(l.input_norm, x, T, h);
+  std::vector<Product> list = below(l.a, h, D, T, a_.reserve(T * width), width);
+  if (selects) {
+    const void* tile = tiled(*l.index_weights, h, D, T);
+    list.push_back({l.index_weights.get(), tile, index_w_.reserve(T * dims_.index_heads), dims_.index_heads});
+  }
+  products(list, T);
+  latents(l, index, b, cache, write, width);
 }
 
 // From q_a and kv_a: the normed query latent, the token's row, and its index key.

@@ -75,8 +75,6 @@ struct Batch {
 struct Selection {
   Buffer<int32_t> ids, counts;
   size_t tokens = 0, width = 0, num_rows = 0;
-  // Becomes that of n of its tokens.
-  void take(const Selection& from, const int64_t* which, size_t n);
 };
 
 // What stands before and after the layers. embedding [vocabulary, D], float or bfloat16, is not owned. The last four
@@ -114,10 +112,14 @@ class Stack {
 
   // h [T, D]: the tokens through all layers but the drafting one, normed; their rows are written.
   void forward(const int64_t* tokens, const Batch& b, Cache& cache, float* h);
-  // z [T, D]: one step of the drafting layer over h [T, D] and the tokens that follow. `write` as in ``run``.
-  void draft(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, Selection& s, bool write, float* z);
-  // ``draft``, then drafts behind the tokens `last` [S]: of their z the likeliest token by ``head``, then that of one
-  // more step of the drafting layer with it at the next position over the same selection, and so on: out [S, count].
+  // The drafting layer over h [T, D] and the tokens that follow, whose rows are written; of those at `last` [S], which
+  // ascends, z [S, D] and the selection.
+  void extend(const float* h, const int64_t* tokens, const Batch& b, Cache& cache, const int64_t* last,
+              size_t sequences, Selection& s, float* z);
+  // One more step, from z [S, D] and the tokens that follow, at those positions over the same selection. out may be z.
+  void draft(const float* z, const int64_t* tokens, const int64_t* positions, size_t sequences, Cache& cache,
+             Selection& s, float* out);
+  // ``extend``, then drafts: the likeliest token of z by ``head``, and that of each further step: out [S, count].
   void propose(const Matrix& head, const float* h, const int64_t* tokens, const Batch& b, Cache& cache,
                const int64_t* last, size_t sequences, size_t count, int64_t* out);
   // x [T, D] through layers [begin, end). `write`: the tokens' rows are written and full layers select; otherwise the
@@ -142,8 +144,10 @@ class Stack {
                              size_t stride);
   const void* tiled(const Matrix& w, const float* x, size_t stride, size_t tokens);
   void embed(const int64_t* tokens, size_t count, float* x);
+  float* combined(const float* h, const int64_t* tokens, size_t count);
   void angles(const Batch& b);
   void attention(const Layer& l, size_t index, const Batch& b, Cache& cache, Selection& s, bool write, float* x);
+  void project(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, bool selects, const float* x);
   void latents(const Layer& l, size_t index, const Batch& b, Cache& cache, bool write, size_t width);
   void queries(const Layer& l, size_t tokens, size_t width);
   // One of the parts that a search is cut into, and where all leave what they find, [T * parts, room] and [T * parts].
@@ -174,11 +178,11 @@ class Stack {
   Dims dims_;
   const Table& table_;
   // Scratch, kept between calls.
-  Selection selection_, of_last_selection_;
+  Selection selection_;
   AttentionScratch attention_;
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
       weights_, vocabulary_, z_, of_last_;
-  Buffer<int64_t> proposed_, positions_;
+  Buffer<int64_t> proposed_, positions_, where_;
   Buffer<uint8_t> tiles_[3], expert_in_, expert_out_;  // one for each rounding
   Buffer<float> sorted_weights_;
   Buffer<int32_t> ids_, sorted_tokens_;

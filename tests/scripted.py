@@ -36,9 +36,11 @@ class ScriptedModel:
     def __call__(self, tokens_T: Tensor, spans: Spans, cache: Any) -> Tensor:
         return torch.stack((tokens_T, spans.positions_T, torch.zeros_like(tokens_T)), 1)
 
-    def draft(self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None):  # type: ignore[no-untyped-def]
-        h = torch.stack((tokens_T, spans.positions_T + 1, torch.ones_like(tokens_T)), 1)
-        return h, torch.zeros(len(tokens_T), 1) if selection is None else selection
+    def extend(self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, last_S: Tensor) -> tuple[Tensor, Any]:
+        return self.draft(h_TD, tokens_T, spans.positions_T, cache, None)[last_S], None
+
+    def draft(self, z_SD: Tensor, tokens_S: Tensor, positions_S: Tensor, cache: Any, selection: Any) -> Tensor:
+        return torch.stack((tokens_S, positions_S + 1, torch.ones_like(tokens_S)), 1)
 
     propose = GLM.propose
 

@@ -370,47 +370,53 @@ class GLM(nn.Module):
         """[T, W] in fp32 (fp64 for a float64 model)."""
         return ops.wide(self.lm_head(h_TD))
 
-    def draft(
-        self,
-        h_TD: Tensor,
-        tokens_T: Tensor,
-        spans: Spans,
-        cache: LatentCache | None = None,
-        selection: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step of the MTP layer: h_TD at position i and token i + 1 predict token i + 2.
+    def extend(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: LatentCache, last_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The MTP layer over tokens of which the target's h_TD is known: at position i, that of i and token i + 1.
 
-        Returns z_TD, after ``shared_head.norm`` (its logits are ``self.logits(z_TD)``; it is the next step's h_TD), and
-        the layer's selection ids_TG. Without ``selection`` h_TD is the target's and the layer's rows are written; with
-        it (the ids of the last verified token; later steps of one round) nothing is written and only those rows, all
-        of them target-derived, are attended. Source: facts of GLM-5.2's ``index_share_for_mtp_iteration``.
+        Its rows are written. Returns of the tokens that last_S points at z_SD, after ``shared_head.norm``, whose logits
+        ``self.logits(z_SD)`` predict token i + 2, and the selection ids_SG.
         """
-        mtp = self.mtp
-        assert mtp is not None, "this model has no MTP layer"
-        context = self._context(spans, cache)._replace(write=selection is None)
-        x_TD = mtp.combine(self.model.embed_tokens(tokens_T), h_TD)
-        y_TD, chosen = mtp(x_TD, Selection(selection), context)
-        return mtp.shared_head["norm"](y_TD), chosen.ids_TG
+        y_TD, selection = self._mtp_step(h_TD, tokens_T, self._context(spans, cache), Selection())
+        assert selection.ids_TG is not None
+        return y_TD[last_S], selection.ids_TG[last_S]
+
+    def draft(
+        self, z_SD: Tensor, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, selection_SG: Tensor
+    ) -> Tensor:
+        """The next z_SD after ``extend`` or ``draft``, from its z_SD and the tokens that these made likely.
+
+        positions_S: one more than before. Nothing is written and only the rows of the selection, all of them
+        target-derived, are attended. Source: facts of GLM-5.2's ``index_share_for_mtp_iteration``.
+        """
+        context = self._context(Spans.of_positions(positions_S), cache)._replace(write=False)
+        return self._mtp_step(z_SD, tokens_S, context, Selection(selection_SG))[0]
 
     def propose(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: LatentCache, last_S: Tensor, count: int
     ) -> Tensor:
-        """``draft`` of the tokens, then greedy drafts [S, count] behind those that last_S points at: the likeliest
-        token of a step's z, then that of the step it begins at the next position, and so on over the same selection."""
-        z_TD, selection = self.draft(h_TD, tokens_T, spans, cache)
-        assert selection is not None
-        z_SD, selection, positions_S = z_TD[last_S], selection[last_S], spans.positions_T[last_S]
+        """``extend``, then greedy drafts [S, count] behind the tokens that last_S points at: the likeliest token of
+        z_SD, then that of a step of ``draft`` with it, and so on."""
+        z_SD, selection_SG = self.extend(h_TD, tokens_T, spans, cache, last_S)
         tokens = [self.logits(z_SD).argmax(-1)]
         for step in range(1, count):
-            at = Spans.of_positions(positions_S + step)
-            z_SD, _ = self.draft(z_SD, tokens[-1], at, cache, selection)
+            z_SD = self.draft(z_SD, tokens[-1], spans.positions_T[last_S] + step, cache, selection_SG)
             tokens.append(self.logits(z_SD).argmax(-1))
         return torch.stack(tokens, dim=1)
+
+    def _mtp_step(
+        self, h_TD: Tensor, tokens_T: Tensor, context: Context, selection: Selection
+    ) -> tuple[Tensor, Selection]:
+        mtp = self.mtp
+        assert mtp is not None, "this model has no MTP layer"
+        y_TD, selection = mtp(mtp.combine(self.model.embed_tokens(tokens_T), h_TD), selection, context)
+        return mtp.shared_head["norm"](y_TD), selection
 
     def draft_steps(
         self, h_TD: Tensor, tokens_AT: Tensor, spans: Spans, distill: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Training's form of ``draft``, every token at once and no cache: A steps from each position i.
+        """Training's form of ``extend`` and ``draft``, every token at once and no cache: A steps from each position i.
 
         tokens_AT[a] is token i + 1 + a; step a returns the z_TD that predicts token i + 2 + a. Later steps stand at
         position i + a and read the rows and the selection of the first up to i, as drafting does. Also the MTP

@@ -1,6 +1,6 @@
 """GLM-5.2 for inference on CPUs: the forward of ``model.GLM`` as one native call over packed weights.
 
-The same contract as ``GLM`` (forward, logits, draft) for whoever generates; nothing here can be trained. Weights are
+The same contract as ``GLM`` (forward, logits, drafts) for whoever generates; nothing here can be trained. Weights are
 f32, bf16, int8, int4 or fp8. The residual stream, norms, router and softmax are fp32; what a product multiplies is
 rounded to bf16 unless its weights are f32. The bits of a token depend on its sequence alone: not on the batch, the
 chunk, the drafts or the number of threads.
@@ -116,19 +116,26 @@ class NativeGLM:
         self._stack.linear(self._head, h_TD.numpy(), y_TW.numpy())
         return y_TW
 
-    def draft(
-        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, selection: Any = None
+    def extend(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, last_S: Tensor
     ) -> tuple[Tensor, Any]:
-        """One step of the MTP layer; see ``GLM.draft``. A selection is indexed by token like the tensor there."""
-        z_TD, first = torch.empty_like(h_TD), selection is None
-        selection = self._extension.Selection() if first else selection
-        self._stack.draft(h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, selection, first, z_TD.numpy())
-        return z_TD, selection
+        """See ``GLM.extend``; beyond their rows, only the tokens last_S are computed. The selection is opaque."""
+        z_SD, selection = torch.empty(len(last_S), self.config.hidden_size), self._extension.Selection()
+        self._stack.extend(
+            h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, last_S.numpy(), selection, z_SD.numpy()
+        )
+        return z_SD, selection
+
+    def draft(self, z_SD: Tensor, tokens_S: Tensor, positions_S: Tensor, cache: NativeCache, selection: Any) -> Tensor:
+        """See ``GLM.draft``."""
+        out_SD = torch.empty_like(z_SD)
+        self._stack.draft(z_SD.numpy(), tokens_S.numpy(), positions_S.numpy(), cache.handle, selection, out_SD.numpy())
+        return out_SD
 
     def propose(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, last_S: Tensor, count: int
     ) -> Tensor:
-        """``draft`` and greedy drafts [S, count] in one call; see ``GLM.propose``."""
+        """``extend`` and all greedy drafts [S, count] in one call; see ``GLM.propose``."""
         drafts_SK = torch.empty(len(last_S), count, dtype=torch.int64)
         self._stack.propose(
             self._head, h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, last_S.numpy(), drafts_SK.numpy()

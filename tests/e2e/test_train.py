@@ -125,14 +125,12 @@ def test_the_steps_that_training_drafts_are_those_of_drafting(top_k: int) -> Non
             for end in range(1, length + 1):
                 cache = model.new_cache(64)
                 one = slice(begin, begin + end)
-                z, chosen = model.draft(h[one], ahead[0, one], Spans.of_sequence(0, end), cache)
-                assert chosen is not None
-                z, chosen = z[-1:], chosen[-1:]
+                places, last = Spans.of_sequence(0, end), torch.tensor([end - 1])
+                z, chosen = model.extend(h[one], ahead[0, one], places, cache, last)
                 for a in range(3):
                     torch.testing.assert_close(z[0], steps[a][begin + end - 1])
-                    at, token = Spans.of_sequence(end + a, end + a + 1), ahead[a + 1 : a + 2, begin + end - 1]
                     if a < 2:
-                        z, _ = model.draft(z, token, at, cache, chosen)
+                        z = model.draft(z, ahead[a + 1 : a + 2, begin + end - 1], last + a + 1, cache, chosen)
             begin += length
 
 

@@ -142,15 +142,23 @@ class Oracle(GLM):
     rng: random.Random
     accuracy: float
 
-    def draft(self, h_TD, tokens_T, spans, cache=None, selection=None):  # type: ignore[no-untyped-def]
+    def extend(self, h_TD, tokens_T, spans, cache, last_S):  # type: ignore[no-untyped-def]
         """Write the rows like the real one, but let z point at the token that will be right."""
-        z, ids = super().draft(h_TD, tokens_T, spans, cache, selection)
+        z, ids = super().extend(h_TD, tokens_T, spans, cache, last_S)
+        self._aim(z, spans.positions_T[last_S])
+        return z, ids
+
+    def draft(self, z_SD, tokens_S, positions_S, cache, selection):  # type: ignore[no-untyped-def]
+        z = super().draft(z_SD, tokens_S, positions_S, cache, selection)
+        self._aim(z, positions_S)
+        return z
+
+    def _aim(self, z, positions):  # type: ignore[no-untyped-def]
         self.targets = [
             self.answers[p + 2] if p + 2 < len(self.answers) and self.rng.random() < self.accuracy else 1
-            for p in spans.positions_T.tolist()
+            for p in positions.tolist()
         ]
         self.marks = z
-        return z, ids
 
     def logits(self, h_TD):  # type: ignore[no-untyped-def]
         out = super().logits(h_TD)
@@ -169,6 +177,7 @@ def test_accepted_drafts_change_nothing_but_the_number_of_steps(
     oracle = Oracle(model.config).double().eval().requires_grad_(False)
     oracle.load_state_dict(model.state_dict())
     oracle.rng, oracle.accuracy = random.Random(1), accuracy
+    accepted = drafted = 0
     for prompt, expected in corpus[:6]:
         oracle.answers, oracle.marks = prompt + expected, None
         engine = Engine(oracle, num_rows=128, page_size=4, num_drafts=num_drafts)
@@ -176,10 +185,9 @@ def test_accepted_drafts_change_nothing_but_the_number_of_steps(
         assert generate(engine, [prompt], params)[0].output == expected
         engine.check()
         if accuracy == 1.0:
-            assert sum(engine.stats.accepted) == sum(engine.stats.drafted) > 0
             assert engine.stats.steps <= -(-len(expected) // (num_drafts + 1)) + num_drafts + 1
-        else:
-            assert 0 < sum(engine.stats.accepted) < sum(engine.stats.drafted)
+        accepted, drafted = accepted + sum(engine.stats.accepted), drafted + sum(engine.stats.drafted)
+    assert 0 < accepted == drafted if accuracy == 1.0 else 0 < accepted < drafted
 
 
 def test_seeded_samples_do_not_depend_on_the_batch(model: GLM, corpus) -> None:

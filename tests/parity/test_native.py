@@ -122,8 +122,9 @@ def test_quantized_formats_are_the_reference_of_their_weights(fmt: str) -> None:
     with torch.inference_mode():
         cache, spans = native.new_cache(160), Spans.of_sequence(0, LENGTH, 16)
         other = reference.new_cache(160)
-        z, _ = native.draft(h, tokens(), spans, cache)
-        z_reference, _ = reference.draft(h_reference, tokens(), spans, other)
+        every = torch.arange(LENGTH)
+        z, _ = native.extend(h, tokens(), spans, cache, every)
+        z_reference, _ = reference.extend(h_reference, tokens(), spans, other, every)
     assert (z - z_reference).square().mean().sqrt() < 0.03 * z_reference.std()
 
 
@@ -158,20 +159,22 @@ def test_fp8_index_keys_choose_what_the_reference_chooses() -> None:
     assert close.float().mean() > 0.9
 
 
+@torch.inference_mode()
 def test_drafts_are_the_reference() -> None:
-    """The first step writes rows and selects; later ones reuse the last selection and write nothing."""
+    """The first step writes every row, whichever tokens it returns; later ones use its selection and write nothing."""
     model = random_model(tiny_config())
     native = NativeGLM(model, "f32", threads=2)
     outputs = []
     for body in (model, native):
-        with torch.inference_mode():
-            cache, ids = body.new_cache(160), tokens(100)
-            h = body(ids, Spans.of_sequence(0, 100, 16), cache)
-            z, selection = body.draft(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache)
-            last = selection[torch.tensor([99])]
-            second, _ = body.draft(z[99:], torch.tensor([5]), Spans.of_sequence(100, 101, 16), cache, last)
-            third, _ = body.draft(second, torch.tensor([9]), Spans.of_sequence(101, 102, 16), cache, last)
-            outputs.append(torch.cat((z, second, third)))
+        cache, ids = body.new_cache(160), tokens(100)
+        h = body(ids, Spans.of_sequence(0, 100, 16), cache)
+        body.extend(h[:60], ids[1:61], Spans.of_sequence(0, 60, 16), cache, torch.tensor([], dtype=torch.int64))
+        some, _ = body.extend(h[60:90], ids[61:91], Spans.of_sequence(60, 90, 16), cache, torch.tensor([3, 29]))
+        at = torch.tensor([99])
+        first, selection = body.extend(h[90:], ids.roll(-1)[90:], Spans.of_sequence(90, 100, 16), cache, at - 90)
+        second = body.draft(first, torch.tensor([5]), at + 1, cache, selection)
+        third = body.draft(second, torch.tensor([9]), at + 2, cache, selection)
+        outputs.append(torch.cat((some, first, second, third)))
     assert (outputs[0] - outputs[1]).abs().max() < 1e-4
 
 
@@ -181,16 +184,13 @@ def test_proposed_drafts_are_those_of_single_steps() -> None:
     model = random_model(tiny_config())
     proposed = []
     for body in (model, NativeGLM(model, "f32", threads=2)):
-        cache, ids = body.new_cache(160), tokens(100)
-        h = body(ids, Spans.of_sequence(0, 100, 16), cache)
-        z, selection = body.draft(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache)
-        ends = torch.tensor([60, 99])
-        z, selection = z[ends], selection[ends]
-        drafts = body.propose(h, ids.roll(-1), Spans.of_sequence(0, 100, 16), cache, ends, 4)
+        cache, ids, spans = body.new_cache(160), tokens(100), Spans.of_sequence(0, 100, 16)
+        h, last = body(ids, spans, cache), torch.tensor([60, 99])
+        drafts = body.propose(h, ids.roll(-1), spans, cache, last, 4)
+        z, selection = body.extend(h, ids.roll(-1), spans, cache, last)
         for step in range(4):
             assert torch.equal(body.logits(z).argmax(1), drafts[:, step])
-            spans = Spans.of_positions(ends + 1 + step)
-            z, _ = body.draft(z, drafts[:, step].contiguous(), spans, cache, selection)
+            z = body.draft(z, drafts[:, step].contiguous(), last + 1 + step, cache, selection)
         proposed.append(drafts)
     assert torch.equal(*proposed)
 

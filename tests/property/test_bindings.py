@@ -1,7 +1,7 @@
 """Whatever is handed to the native bindings, they answer or raise ValueError, and never crash: every function of the
 extension is called with one argument spoilt in its dtype, shape, strides, type or values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -43,11 +43,14 @@ def cache(config: Any = CONFIG, rows: int = ROWS, keys: bool = True, layers: int
     return kernels.Cache(_dims(config), [keys and i in config.index_layers for i in range(layers)], rows, "f32")
 
 
-def selection(rows: int = ROWS, page: int = 0) -> Any:
-    """What the drafting layer of a stack selects for the four tokens."""
+def selection(rows: int = ROWS, page: int = 0, last: Sequence[int] = range(4)) -> Any:
+    """What the drafting layer of a stack selects for tokens of the four."""
     out = kernels.Selection()
     places = PLACES | {"tables": torch.full((1, 2), page, dtype=torch.int32)}
-    STACK.draft(torch.zeros(4, D), **places, cache=cache(rows=rows), selection=out, write=True, z=torch.zeros(4, D))
+    ends = torch.tensor(last)
+    STACK.extend(
+        torch.zeros(4, D), **places, cache=cache(rows=rows), last=ends, selection=out, z=torch.zeros(len(last), D)
+    )
     return out
 
 
@@ -79,7 +82,6 @@ CALLS: dict[str, Call] = {
     "Cache": (kernels.Cache, {"dims": _dims(CONFIG), "has_index": [True], "rows": 32, "format": "f32"}),
     "Cache.rows": (CACHE.rows, {"layer": 0}),
     "Cache.keys": (CACHE.keys, {"layer": 0}),
-    "Selection.__getitem__": (CHOSEN.__getitem__, {"tokens": torch.tensor([3, 1])}),
     "Stack": (kernels.Stack, {"dims": _dims(CONFIG), "threads": 1}),
     "Stack.threads": (lambda n: setattr(stack(), "threads", n), {"n": 1}),
     "Stack.top_k": (lambda n: setattr(stack(), "top_k", n), {"n": 1}),
@@ -87,8 +89,13 @@ CALLS: dict[str, Call] = {
     "Stack.add_layer with experts": (lambda **layer: kernels.Stack(_dims(CONFIG), 1).add_layer(layer), LAYERS[MTP]),
     "Stack.set_ends": (lambda **ends: stack(ends=False).set_ends(**ends), {"embedding": EMBEDDING, "norm": NORM, "draft": DRAFT}),
     "Stack.forward": (STACK.forward, PLACES | {"cache": CACHE, "h": torch.zeros(4, D)}),
-    "Stack.draft": (STACK.draft, PLACES | {
-        "h": torch.ones(4, D), "cache": CACHE, "selection": CHOSEN, "write": True, "z": torch.zeros(4, D),
+    "Stack.extend": (STACK.extend, PLACES | {
+        "h": torch.ones(4, D), "cache": CACHE, "last": torch.tensor([1, 3]), "selection": kernels.Selection(),
+        "z": torch.zeros(2, D),
+    }),
+    "Stack.draft": (STACK.draft, {
+        "z": torch.ones(4, D), "tokens": PLACES["tokens"], "positions": torch.arange(4), "cache": CACHE,
+        "selection": CHOSEN, "out": torch.zeros(4, D),
     }),
     "Stack.propose": (STACK.propose, PLACES | {
         "head": HEAD, "h": torch.ones(4, D), "cache": CACHE, "last": torch.tensor([1, 3]),
@@ -98,9 +105,9 @@ CALLS: dict[str, Call] = {
 }  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 # What may have any length, or be left out.
-FREE = {("pack", "w", "shape"), ("pack int4", "w", "shape"), ("pack fp8", "w", "shape"), ("read_seconds", "data", "shape"), ("Selection.__getitem__", "tokens", "shape"), ("Stack", "dims", "number"),
+FREE = {("pack", "w", "shape"), ("pack int4", "w", "shape"), ("pack fp8", "w", "shape"), ("read_seconds", "data", "shape"), ("Stack", "dims", "number"),
         ("Cache", "dims", "number"), ("Cache", "has_index", "shape"), ("Stack.set_ends", "embedding", "shape"),
-        ("Stack.set_ends", "embedding", "dtype"), ("Stack.forward", "tables", "shape"), ("Stack.draft", "tables", "shape"),
+        ("Stack.set_ends", "embedding", "dtype"), ("Stack.forward", "tables", "shape"), ("Stack.extend", "tables", "shape"),
         ("pack int4", "zeros", "none"), ("Stack.set_ends", "draft", "none"), ("Stack.propose", "out", "shape"),
         ("Stack.propose", "tables", "shape")}  # fmt: skip
 
@@ -164,7 +171,7 @@ def test_a_spoilt_argument_is_a_value_error(name: str, data: st.DataObject) -> N
 
 
 @settings(max_examples=400, deadline=None)
-@given(call=st.sampled_from(("forward", "draft", "propose")), which=st.sampled_from(("tokens", "where", "tables")), at=st.integers(0, 11),
+@given(call=st.sampled_from(("forward", "extend", "propose")), which=st.sampled_from(("tokens", "where", "tables")), at=st.integers(0, 11),
        value=st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 70), page=st.sampled_from((16, 32, 48, 64, 2**62, 2**64 - 16)))  # fmt: skip
 def test_any_token_place_and_table_is_computed_or_refused(
     call: str, which: str, at: int, value: int, page: int
@@ -175,14 +182,8 @@ def test_any_token_place_and_table_is_computed_or_refused(
     spoilt.view(-1)[at % spoilt.numel()] = value
     places = PLACES | {which: spoilt, "page_size": page}
     try:
-        if call == "forward":
-            STACK.forward(**places, cache=CACHE, h=torch.zeros(4, D))
-        elif call == "propose":
-            STACK.propose(**CALLS["Stack.propose"][1] | places)
-        else:
-            STACK.draft(
-                torch.ones(4, D), **places, cache=CACHE, selection=CHOSEN, write=at % 2 == 0, z=torch.zeros(4, D)
-            )
+        function, arguments = CALLS[f"Stack.{call}"]
+        function(**arguments | places)
     except ValueError as error:
         assert str(error).split(":")[0] in ("tokens", "where", "tables", "page_size")
 
@@ -195,11 +196,13 @@ def test_what_belongs_to_another_model_is_refused() -> None:
         with pytest.raises(ValueError, match="cache"):
             STACK.forward(**PLACES, cache=wrong, h=torch.zeros(4, D))
         with pytest.raises(ValueError, match="cache"):
-            STACK.draft(torch.ones(4, D), **PLACES, cache=wrong, selection=CHOSEN, write=True, z=torch.zeros(4, D))
-    beyond, arguments = selection(128, page=6), PLACES | {"cache": CACHE, "write": False, "z": torch.zeros(4, D)}
-    for wrong in (beyond, beyond[torch.arange(4)], CHOSEN[torch.arange(3)], kernels.Selection()):
+            STACK.extend(**CALLS["Stack.extend"][1] | {"cache": wrong})
+    for unfit in (selection(128, page=6), selection(last=(0, 1, 3)), kernels.Selection()):
         with pytest.raises(ValueError, match="selection"):
-            STACK.draft(torch.ones(4, D), selection=wrong, **arguments)
+            STACK.draft(**CALLS["Stack.draft"][1] | {"selection": unfit})
+    for last in ([4], [-1], [2, 1], [1, 1]):
+        with pytest.raises(ValueError, match="last"):
+            STACK.propose(**CALLS["Stack.propose"][1] | {"last": torch.tensor(last)})
     with pytest.raises(ValueError, match="before the ends"):
         STACK.add_layer(LAYERS[0])
 

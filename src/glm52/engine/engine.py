@@ -32,7 +32,7 @@ _RESTORE_S = 0.02  # of a step, for reading pages from disk
 
 
 class Model(Protocol):
-    """What an engine steps: ``model.GLM``, or the same contract natively. A selection is indexed by token."""
+    """What an engine steps: ``model.GLM``, or the same contract natively."""
 
     config: GLMConfig
     index_topk: int
@@ -42,9 +42,10 @@ class Model(Protocol):
     def new_cache(self, num_rows: int) -> Any: ...
     def __call__(self, tokens_T: Tensor, spans: Spans, cache: Any) -> Tensor: ...
     def logits(self, h_TD: Tensor) -> Tensor: ...
-    def draft(
-        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, selection: Any = None
+    def extend(
+        self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, last_S: Tensor
     ) -> tuple[Tensor, Any]: ...
+    def draft(self, z_SD: Tensor, tokens_S: Tensor, positions_S: Tensor, cache: Any, selection: Any) -> Tensor: ...
     def propose(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: Any, last_S: Tensor, count: int
     ) -> Tensor: ...
@@ -365,9 +366,9 @@ class Engine:
             for seq, tokens in zip(seqs, drafts, strict=True):
                 seq.drafts, seq.draft_probabilities = tokens, [None] * depth
             return
-        z_TD, selection = self.model.draft(h_TD, tokens_T, spans, self.cache)
+        z_SD, selection = self.model.extend(h_TD, tokens_T, spans, self.cache, last_S)
         if seqs and depth:
-            self._draw(seqs, z_TD[last_S], spans.positions_T[last_S] + 1, selection[last_S])
+            self._draw(seqs, z_SD, spans.positions_T[last_S], selection)
 
     def _is_plain(self, seq: Sequence) -> bool:
         """Whether nothing stands between the model's logits and its drafts."""
@@ -376,12 +377,11 @@ class Engine:
     def _draw(self, seqs: list[Sequence], z_SD: Tensor, positions_S: Tensor, selection: Any) -> None:
         """Drafts drawn one by one, the way their sequences' tokens are."""
         marks = [seq.guide.mark() for seq in seqs]
-        for depth in range(self.draft_depth):
+        for depth in range(1, self.draft_depth + 1):
             logits = self.model.logits(z_SD).numpy()
             proposed = [self._propose(seq, x) for seq, x in zip(seqs, logits, strict=True)]
-            if depth + 1 < self.draft_depth:
-                spans = Spans.of_positions(positions_S + depth)
-                z_SD, _ = self.model.draft(z_SD, torch.tensor(proposed), spans, self.cache, selection)
+            if depth < self.draft_depth:
+                z_SD = self.model.draft(z_SD, _tensor(proposed), positions_S + depth, self.cache, selection)
         for seq, mark in zip(seqs, marks, strict=True):
             seq.guide.reset(mark)
 
