@@ -20,7 +20,6 @@ import ast
 import json
 import re
 import sys
-import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,6 +29,7 @@ from typing import Any, Literal
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from glm52 import ids
 from glm52.errors import CheckpointError, RequestError
 from glm52.tokenizer import Tokenizer
 
@@ -325,7 +325,7 @@ class ReplyParser:
     ) -> None:
         definitions = [t.get("function", t) for t in tools or []]
         self._schemas = {d["name"]: d.get("parameters") or {} for d in definitions}
-        self._new_id = new_id or (lambda: f"call_{uuid.uuid4().hex[:24]}")
+        self._new_id = new_id or (lambda: ids.new_id("call_", 24))
         self._buffer = ""
         self._state = self._opening if thinking else self._content
         self._closed = False

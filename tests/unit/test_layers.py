@@ -11,7 +11,7 @@ import glm52
 
 ROOT = Path(glm52.__file__).parent
 FLOORS = (
-    {"errors", "__init__"},
+    {"errors", "ids", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "schemes", "cache", "chat", "shards"},
     {"ops", "layouts", "packing", "tasks", "inspect", "grammar", "launch"},

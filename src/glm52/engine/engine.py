@@ -21,10 +21,11 @@ from glm52.engine.matcher import Matcher, Matchers
 from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array, distribution, log_probabilities, pick, processed, residual, uniform
 from glm52.engine.scheduler import Scheduler, Work
-from glm52.engine.sequence import Event, Sequence, TokenLogprob, draw_seed
+from glm52.engine.sequence import Event, Sequence, TokenLogprob
 from glm52.engine.speculate import DraftPolicy
 from glm52.engine.store import Store
 from glm52.errors import RequestError
+from glm52.ids import new_seed
 from glm52.pages import Pages
 from glm52.tokenizer import Tokenizer
 
@@ -128,8 +129,8 @@ class Engine:
             )
         max_tokens = min(params.max_tokens, self.context_length - len(prompt))
         seq = Sequence(
-            id=self._next_id, prompt=prompt, params=params, seed=draw_seed(params.seed), tokens=list(prompt),
-            max_tokens=max_tokens,
+            id=self._next_id, prompt=prompt, params=params, tokens=list(prompt), max_tokens=max_tokens,
+            seed=new_seed() if params.seed is None else params.seed,
             guide=Guide(params, prompt, max_tokens, self._eos, self._marks, self._matcher(params)),
             detokenizer=self.tokenizer.stream() if self.tokenizer else None,
         )  # fmt: skip

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-
 from glm52.engine.guide import Closed, Guide
 from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array
@@ -137,7 +135,3 @@ class Sequence:
         hold = max((n for s in self.params.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self.held_text = text[len(text) - hold :]
         return text[: len(text) - hold]
-
-
-def draw_seed(seed: int | None) -> int:
-    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed

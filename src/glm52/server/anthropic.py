@@ -5,7 +5,6 @@ A message that is not streamed is the sum of the events that would have been, so
 
 import base64
 import hashlib
-import uuid
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, T
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
+from glm52.ids import new_id
 from glm52.server import thinking
 from glm52.server.openai import tool_choice
 from glm52.server.request import (
@@ -191,7 +191,7 @@ class Writer:
     def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         self.request = request
         self.message: Json = {
-            "id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": model,
+            "id": new_id("msg_", 24), "type": "message", "role": "assistant", "model": model,
             "content": [], "stop_reason": None, "stop_sequence": None,
         }  # fmt: skip
         self._open: str | None = None

@@ -6,7 +6,6 @@ count on one token after it, so that one may be the end of the text. ``return_to
 """
 
 import time
-import uuid
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from glm52.chat import Delta, Thinking
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
+from glm52.ids import new_id
 from glm52.server.openai import (
     SharedBody,
     error_payload,
@@ -83,7 +83,7 @@ class Writer:
 
     def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         self.request, self.model, self._tokenizer = request, model, tokenizer
-        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = new_id("cmpl-"), int(time.time())
         self._offsets: dict[int, int] = {}
         self._said: dict[int, int] = {}
         self._told: dict[int, int] = {}  # log probabilities: those of half a character wait for the rest of it

@@ -5,7 +5,6 @@ Reasoning goes out as ``reasoning_content`` and as ``reasoning``, since clients 
 
 import json
 import time
-import uuid
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, T
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
+from glm52.ids import new_id
 from glm52.server import thinking
 from glm52.server.request import (
     Answer,
@@ -235,7 +235,7 @@ class Writer:
 
     def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         self.request, self.model, self._tokenizer = request, model, tokenizer
-        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = new_id("chatcmpl-"), int(time.time())
         self._held: dict[tuple[int, int], Json] = {}
         self._template = cache(self._make_template)
 

@@ -7,7 +7,6 @@ summary, as that; where it asks for it encrypted, also as an opaque string that 
 import base64
 import binascii
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, T
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
+from glm52.ids import new_id
 from glm52.server import thinking
 from glm52.server.openai import logprobs_payload, tool_choice, usage_details
 from glm52.server.request import (
@@ -228,7 +228,7 @@ class Writer:
         self._open: str | None = None
         self._reason = ""
         self.response: Json = {
-            "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "model": model,
+            "id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model,
             "status": "in_progress", "output": [], "error": None, "incomplete_details": None, "usage": None,
             "instructions": raw.get("instructions"), "metadata": raw.get("metadata") or {},
             "parallel_tool_calls": request.parallel_calls, "tool_choice": raw.get("tool_choice") or "auto",
@@ -327,7 +327,7 @@ class Writer:
             return []
         frames = self._close_item()
         self._open = kind
-        self.response["output"].append({"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **item})
+        self.response["output"].append({"id": new_id(f"{prefix}_"), "status": "in_progress", **item})
         return [*frames, self._event("response.output_item.added", item=_copy(self._item))]
 
     def _open_reasoning(self) -> list[Frame]:
