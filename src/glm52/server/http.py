@@ -104,13 +104,14 @@ class EventStream:
         self._call, self._writer = call, writer
         self._headers = {"content-type": "text/event-stream; charset=utf-8", **headers}
         self._is_begun = False
+        self._unsaid: list[Frame] = []
         self._said_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send, call, status = send, self._call, 499
         try:
             await _to_the_end(call, receive, map(self._follow, call.answers), self._show_life)
-            await self._say(sse(self._writer.close(call.answers, call.usage)), is_last=True)
+            await self._say(self._writer.close(call.answers, call.usage), is_last=True)
             status = 200
         except ClientDisconnect:
             if not self._is_begun:
@@ -120,7 +121,7 @@ class EventStream:
             status = known.status
             if not self._is_begun:
                 raise known from error
-            await self._say(sse(self._writer.fail(known)), is_last=True)
+            await self._say(self._writer.fail(known), is_last=True)
         finally:
             call.finish(status)
 
@@ -128,8 +129,12 @@ class EventStream:
         async for deltas, logprobs in self._call.run(answer):
             if not self._is_begun:
                 await self._begin()
-            await self._say(sse(self._writer.more(answer, deltas, logprobs)))
-        await self._say(sse(self._writer.end(answer)))
+            self._unsaid += self._writer.more(answer, deltas, logprobs)
+            if not answer.reason:
+                await self._say()
+        self._unsaid += self._writer.end(answer)
+        if not all(a.reason for a in self._call.answers):  # the last goes out with what closes the stream
+            await self._say()
 
     async def _show_life(self) -> float:
         """A sign of life if it is time for one -> seconds until the next may be."""
@@ -140,7 +145,7 @@ class EventStream:
             return left
         if not self._is_begun:
             await self._begin()
-        await self._say(self._writer.keep_alive)
+        await self._say(sign=self._writer.keep_alive)
         return limits.keep_alive_s
 
     async def _begin(self) -> None:
@@ -149,10 +154,14 @@ class EventStream:
         headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         usage = self._call.usage
-        await self._say(sse(self._writer.begin(usage.prompt_tokens, usage.cached_tokens)))
+        self._unsaid += self._writer.begin(usage.prompt_tokens, usage.cached_tokens)
 
-    async def _say(self, body: bytes, *, is_last: bool = False) -> None:
+    async def _say(self, frames: Iterable[Frame] = (), *, sign: bytes = b"", is_last: bool = False) -> None:
+        """What is yet unsaid, these frames, a sign of life: together, for each trip to the socket costs more than its
+        bytes."""
         self._said_at = time.monotonic()
+        body = sse([*self._unsaid, *frames]) + sign
+        self._unsaid.clear()
         if body or is_last:
             await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
