@@ -4,9 +4,9 @@
 
 Time to the first token of one request, and tokens a second of several at once, streamed as text completions of token
 ids. What comes within ``--stream-every`` (the server's own option and default; 0: every step is an event) is one event,
-so the events are counted too. The server is a process of its own; this one, which reads the streams, shares the cores.
-So that the server is measured and no client library, it reads bytes from sockets that were connected beforehand, one
-wakeup an event, and only looks for the first event and the last.
+so the events are counted too. The server is a process of its own. So that it is measured and no client, this one reads
+bytes from sockets that were connected beforehand. It is woken by the first event of one request, but of several at
+their end only: being woken takes time of the cores that the server computes on, which a client elsewhere does not.
 """
 
 import argparse
@@ -45,9 +45,11 @@ def direct(session: Session, prompts: list[list[int]], tokens: int) -> tuple[flo
 
 
 def over_http(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, float, int]:
-    """The same, for a client that reads what comes as soon as it comes and looks into it afterwards; and the number of
-    events."""
+    """The same, for a client that looks into what came afterwards; and the number of events. The first token is seen
+    where there is one prompt."""
     streams = {socket.create_connection(("127.0.0.1", port)): bytearray() for _ in prompts}
+    for connection in streams if len(streams) > 1 else ():
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 << 20)  # more than a stream: woken by its end
     began, first = time.perf_counter(), None
     with selectors.DefaultSelector() as ready:
         for connection, prompt in zip(streams, prompts, strict=True):

@@ -157,7 +157,28 @@ def test_streams_fall_due_together() -> None:
 
     counts = asyncio.run(main())
     backend.close()
-    assert min(counts) > 2 and 0 < waits.count(0.01) < sum(counts) / 2
+    assert min(counts) > 2 and 0 < sum(w >= 0.01 for w in waits) < sum(counts) / 2
+
+
+def test_many_streams_are_told_more_rarely() -> None:
+    """Readers that take a millisecond, ten in all, against an interval of twenty: a hundred times that, but no more than
+    fourfold."""
+    backend, waits = AsyncEngine(ScriptedModel(always(" and so on")).engine(max_seqs=10), interval_s=0.02), []
+
+    async def main() -> None:
+        async def follow() -> None:
+            async for _ in backend.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=2000)):
+                time.sleep(0.001)
+
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+        loop.call_later = lambda s, *call: waits.append(s) or call_later(s, *call)  # type: ignore
+        await asyncio.gather(*[follow() for _ in range(10)])
+
+    asyncio.run(main())
+    backend.close()
+    ticks = [w for w in waits if w >= 0.02]
+    assert ticks[0] == 0.02 and ticks[-1] == max(ticks) == pytest.approx(0.08)
 
 
 def test_an_error_comes_after_what_was_held_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,18 +48,25 @@ class _Stream:
             self.arrival.set_result(None)
 
 
+_SHARE = 100  # intervals are so many times as long as telling all their streams takes,
+_STRETCH = 4  # up to so many times what was asked for
+
+
 class _Ticks:
-    """Streams of one event loop that hold back what comes: all fall due together, though no further token comes."""
+    """Streams of one event loop that hold back what comes: all fall due together, though no further token comes. Where
+    there are many, they fall due more rarely: what telling them takes is taken from the model."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval_s: float) -> None:
         self._loop, self._interval_s = loop, interval_s
         self._held: list[_Stream] = []
+        self._telling_s = 0.0
 
     def hold(self, stream: _Stream) -> None:
         """Until an interval has passed since the first was held."""
         stream.is_due = False
         if not self._held:
-            self._loop.call_later(self._interval_s, self._fall_due)
+            longest = _STRETCH * self._interval_s
+            self._loop.call_later(min(max(self._interval_s, _SHARE * self._telling_s), longest), self._fall_due)
         self._held.append(stream)
 
     def _fall_due(self) -> None:
@@ -68,11 +75,17 @@ class _Ticks:
             stream.is_due = True  # then the look at pending: the engine's thread does both the other way round
             if stream.pending:
                 stream.wake()
+        self._loop.call_soon(self._all_told, self._loop.time())
+
+    def _all_told(self, began: float) -> None:
+        """Runs behind the readers that were woken, which have said what they had by then."""
+        self._telling_s += (self._loop.time() - began - self._telling_s) / 4
 
 
 class AsyncEngine:
     """Owns the thread that steps ``engine``. ``max_waiting``: requests that may queue before more are refused.
-    ``interval_s``: how long a stream may hold back text after an event with text; its first and its last never wait.
+    ``interval_s``: how long a stream holds back text after an event with text (up to four times as long where there are
+    many); its first and its last never wait.
 
     Only that thread touches the engine, but for ``submit``, which appends to a queue; so the event loop never waits for
     a step. Aborts are handed over and done between steps.
