@@ -60,6 +60,8 @@ class NativeGLM:
         packer = Packer(source, fmt, self._extension)
         self.mtp = self.config.num_nextn_predict_layers > 0
         self._head = packer.soft("lm_head")
+        is_coarse = self._head.format == "int8"
+        self._draft_head = packer.coarse("lm_head") if self.mtp and not is_coarse else self._head
         for number in range(self.config.num_hidden_layers + self.config.num_nextn_predict_layers):
             self._stack.add_layer(packer.layer(number))
         self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16
@@ -135,11 +137,13 @@ class NativeGLM:
     def propose(
         self, h_TD: Tensor, tokens_T: Tensor, spans: Spans, cache: NativeCache, last_S: Tensor, count: int
     ) -> Tensor:
-        """``extend`` and all greedy drafts [S, count] in one call; see ``GLM.propose``."""
+        """``extend`` and all greedy drafts [S, count] in one call; see ``GLM.propose``. Their head is int8: drafts are
+        verified, and reading a head for each is much of what they cost."""
         drafts_SK = torch.empty(len(last_S), count, dtype=torch.int64)
         self._stack.propose(
-            self._head, h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, last_S.numpy(), drafts_SK.numpy()
-        )
+            self._draft_head, h_TD.numpy(), tokens_T.numpy(), *_where(spans), cache.handle, last_S.numpy(),
+            drafts_SK.numpy(),
+        )  # fmt: skip
         return drafts_SK
 
 

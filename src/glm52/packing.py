@@ -47,6 +47,10 @@ class Packer:
         """A matrix that is kept finer than the format."""
         return self._pack_soft(self._read(f"{name}.weight"))
 
+    def coarse(self, name: str) -> Any:
+        """A matrix for proposals that are verified: int8, whatever the format."""
+        return pack(self._extension, [self._read(f"{name}.weight")], "int8")
+
     def layer(self, number: int) -> dict[str, Any]:
         """The weights of one decoder layer."""
         prefix, config = f"model.layers.{number}", self._config
