@@ -156,23 +156,36 @@ void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t strid
   });
 }
 
-// One tile of rows x[token[i]] (or x[i]): see ``tile_bytes``.
+// Words of four bytes of `width` rows, `stride` bytes apart, in turns.
+template <size_t WIDTH>
+void take_turns(const char* from, size_t stride, size_t words, char* to) {
+  for (size_t k = 0; k < words; ++k) {
+    for (size_t t = 0; t < WIDTH; ++t) std::memcpy(to + (k * WIDTH + t) * 4, from + t * stride + k * 4, 4);
+  }
+}
+
+// One tile of rows x[token[i]] (or x[i]): see ``tile_bytes``. A word is a pair of bfloat16 or a float.
 template <class T>
 void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens, size_t depth, T* out) {
   static thread_local Buffer<T> scratch;
   const size_t padded = round_up(depth, TILE_DEPTH<T>), width = tile_width<T>(tokens);
-  const bool as_is = width == 1;
-  T* row = as_is ? out : scratch.reserve(padded);
+  T* rows = width == 1 ? out : scratch.reserve(width * padded);
   for (size_t t = 0; t < width; ++t) {
     const size_t n = t < tokens ? depth : 0;
-    narrow(x + (token && t < tokens ? token[t] : t) * stride, n, row);
-    std::memset(row + n, 0, (padded - n) * sizeof(T));
-    if (as_is) continue;
-    // Words of four bytes: pairs of bfloat16 or single floats.
-    const auto* from = reinterpret_cast<const char*>(row);
-    auto* to = reinterpret_cast<char*>(out);
-    for (size_t k = 0; k < padded * sizeof(T) / 4; ++k) std::memcpy(to + (k * width + t) * 4, from + k * 4, 4);
+    narrow(x + (token && t < tokens ? token[t] : t) * stride, n, rows + t * padded);
+    std::memset(rows + t * padded + n, 0, (padded - n) * sizeof(T));
   }
+  const size_t bytes = padded * sizeof(T);
+  const auto* from = reinterpret_cast<const char*>(rows);
+  auto* to = reinterpret_cast<char*>(out);
+  if (width == 2)
+    take_turns<2>(from, bytes, bytes / 4, to);
+  else if (width == 4)
+    take_turns<4>(from, bytes, bytes / 4, to);
+  else if (width == 8)
+    take_turns<8>(from, bytes, bytes / 4, to);
+  else if (width > 1)
+    take_turns<TILE<T>>(from, bytes, bytes / 4, to);
 }
 
 #if defined(__AMX_BF16__)
