@@ -4,7 +4,8 @@ Byte-level BPE itself is the ``tokenizers`` library's. Special tokens become ids
 trusted: what a user typed never opens a turn.
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -78,6 +79,11 @@ class Tokenizer:
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=skip_special))
 
+    @cached_property
+    def piece(self) -> Callable[[int], str]:
+        """The text of a token by itself; kept, for replies ask for the same few again and again."""
+        return cache(lambda token: self.decode([token]))
+
     def stream(self) -> "Detokenizer":
         return Detokenizer(self)
 
@@ -93,7 +99,7 @@ class Detokenizer:
         out = []
         for token in ids:
             self._pending.append(token)
-            text = self._tokenizer.decode(self._pending)
+            text = self._tokenizer.piece(token) if len(self._pending) == 1 else self._tokenizer.decode(self._pending)
             # A byte-level token may end inside a character; four bytes later it is complete or never will be.
             if not text.endswith(_REPLACEMENT) or len(self._pending) > 8:
                 out.append(text)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
@@ -73,11 +74,11 @@ class SamplingParams:
         if any(not s for s in self.stop):
             raise RequestError("stop: expected non-empty strings, found an empty one", param="stop")
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
-    @property
+    @cached_property
     def is_shifted(self) -> bool:
         """Whether a bias or a penalty changes the model's logits."""
         penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
