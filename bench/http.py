@@ -1,6 +1,6 @@
 """What HTTP costs: the same prompts through the engine and through ``glm52 serve``, in turn.
 
-    python -m bench.http [MODEL] [--streams 8] [--tokens 128] [--rounds 5] [--stream-every MS]
+    python -m bench.http [MODEL] [--streams 8] [--tokens 512] [--rounds 5] [--stream-every MS]
 
 Time to the first token of one request, and tokens a second of several at once, streamed as text completions of token
 ids. What comes within ``--stream-every`` (the server's own option and default; 0: every step is an event) is one event,
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--stream-every", metavar="MS", help="the server's; 0: every step is an event")
     args = parser.parse_args()

@@ -181,7 +181,7 @@ class Stack {
   Selection selection_;
   AttentionScratch attention_;
   Buffer<float> x_, both_, cos_, sin_, h_, a_, q_latent_, q_, index_w_, q_absorbed_, o_latent_, o_, logits_, hidden_,
-      weights_, vocabulary_, z_, of_last_;
+      weights_, vocabulary_, z_;
   Buffer<int64_t> proposed_, positions_, where_;
   Buffer<uint8_t> tiles_[3], expert_in_, expert_out_;  // one for each rounding
   Buffer<float> sorted_weights_;

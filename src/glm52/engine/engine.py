@@ -252,7 +252,7 @@ class Engine:
         seq = w.seq
         token_ids: list[int] = []
         text, logprobs = "", []
-        if not np.isfinite(logits_KW.max()):
+        if not np.isfinite(logits_KW.max()):  # which is NaN where any is
             return self._fail(seq, "the model produced logits that are not finite")
         for depth, logits_W in enumerate(logits_KW):
             token, is_draft = self._choose(seq, logits_W, best_K[depth], depth if depth < w.drafts else None)
