@@ -83,12 +83,14 @@ def measure(args: argparse.Namespace, session: Session, port: int) -> dict[str, 
     out: dict[str, list[float]] = {k: [] for k in ("first direct", "first http", "all direct", "all http", "events")}
     for turn in range(args.rounds + 1):  # the first warms up
         single, many = fresh(1), fresh(args.streams)
-        found = {
-            "first direct": direct(session, single, 2)[0],
-            "first http": over_http(port, single, 2)[0],
-            "all direct": direct(session, many, args.tokens)[1],
-        }
-        _, found["all http"], found["events"] = over_http(port, many, args.tokens)
+        found: dict[str, float] = {}
+        for way in ("direct", "http") if turn % 2 else ("http", "direct"):
+            if way == "direct":
+                found["first direct"] = direct(session, single, 2)[0]
+                found["all direct"] = direct(session, many, args.tokens)[1]
+            else:
+                found["first http"] = over_http(port, single, 2)[0]
+                _, found["all http"], found["events"] = over_http(port, many, args.tokens)
         if turn:
             for name, seconds in found.items():
                 out[name].append(seconds)
