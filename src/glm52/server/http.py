@@ -151,10 +151,10 @@ class EventStream:
     async def _begin(self) -> None:
         self._is_begun = True
         self._call.service.metrics.count(self._call.dialect, 200)
-        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         usage = self._call.usage
         self._unsaid += self._writer.begin(usage.prompt_tokens, usage.cached_tokens)
+        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _say(self, frames: Iterable[Frame] = (), *, sign: bytes = b"", is_last: bool = False) -> None:
         """What is yet unsaid, these frames, a sign of life: together, for each trip to the socket costs more than its
