@@ -156,11 +156,11 @@ void gated(const Matrix& w, const void* x, size_t tokens, float* h, size_t strid
   });
 }
 
-// Words of four bytes of `width` rows, `stride` bytes apart, in turns.
+// Words of four bytes of WIDTH rows of so many bytes, in turns.
 template <size_t WIDTH>
-void take_turns(const char* from, size_t stride, size_t words, char* to) {
-  for (size_t k = 0; k < words; ++k) {
-    for (size_t t = 0; t < WIDTH; ++t) std::memcpy(to + (k * WIDTH + t) * 4, from + t * stride + k * 4, 4);
+void take_turns(const char* rows, size_t bytes, char* to) {
+  for (size_t k = 0; k < bytes; k += 4) {
+    for (size_t t = 0; t < WIDTH; ++t) std::memcpy(to + k * WIDTH + t * 4, rows + t * bytes + k, 4);
   }
 }
 
@@ -179,13 +179,13 @@ void tile_as(const float* x, size_t stride, const int32_t* token, size_t tokens,
   const auto* from = reinterpret_cast<const char*>(rows);
   auto* to = reinterpret_cast<char*>(out);
   if (width == 2)
-    take_turns<2>(from, bytes, bytes / 4, to);
+    take_turns<2>(from, bytes, to);
   else if (width == 4)
-    take_turns<4>(from, bytes, bytes / 4, to);
+    take_turns<4>(from, bytes, to);
   else if (width == 8)
-    take_turns<8>(from, bytes, bytes / 4, to);
+    take_turns<8>(from, bytes, to);
   else if (width > 1)
-    take_turns<TILE<T>>(from, bytes, bytes / 4, to);
+    take_turns<TILE<T>>(from, bytes, to);
 }
 
 #if defined(__AMX_BF16__)
