@@ -45,7 +45,7 @@ class NativeCache:
 
 
 class NativeGLM:
-    """A model packed from its weights, which are read one by one and never held twice.
+    """A model packed from its weights, which are read one by one and never held twice, but the head: see ``propose``.
 
     fmt: the format of the large matrices, see ``Packer``; None: as they are stored. The embedding stays as it is.
     cache: what ``new_cache`` makes.
@@ -59,9 +59,7 @@ class NativeGLM:
         self._stack = self._extension.Stack(_dims(self.config), threads or torch.get_num_threads())
         packer = Packer(source, fmt, self._extension)
         self.mtp = self.config.num_nextn_predict_layers > 0
-        self._head = packer.soft("lm_head")
-        is_coarse = self._head.format == "int8"
-        self._draft_head = packer.coarse("lm_head") if self.mtp and not is_coarse else self._head
+        self._head, self._draft_head = packer.heads(drafts=self.mtp)
         for number in range(self.config.num_hidden_layers + self.config.num_nextn_predict_layers):
             self._stack.add_layer(packer.layer(number))
         self.dtype = torch.float32 if fmt == "f32" else torch.bfloat16

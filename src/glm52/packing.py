@@ -47,9 +47,12 @@ class Packer:
         """A matrix that is kept finer than the format."""
         return self._pack_soft(self._read(f"{name}.weight"))
 
-    def coarse(self, name: str) -> Any:
-        """A matrix for proposals that are verified: int8, whatever the format."""
-        return pack(self._extension, [self._read(f"{name}.weight")], "int8")
+    def heads(self, *, drafts: bool) -> tuple[Any, Any]:
+        """The output head, and the one for greedy drafts, which are verified: int8 whatever the format. Without drafts,
+        or where that is its own format, both are one."""
+        w = self._read("lm_head.weight")
+        head = self._pack_soft(w)
+        return head, pack(self._extension, [w], "int8") if drafts and head.format != "int8" else head
 
     def layer(self, number: int) -> dict[str, Any]:
         """The weights of one decoder layer."""
