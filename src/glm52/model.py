@@ -432,10 +432,8 @@ class GLM(nn.Module):
             rows = mtp.self_attn.rows(mtp.input_layernorm(x_TD), context)
             context = context._replace(write=False, distill=False, rows=rows)
         for a, tokens_T in enumerate(tokens_AT[1:], 1):
-            x_TD = mtp.combine(self.model.embed_tokens(tokens_T), steps[-1])
             context = context._replace(rope=self._rope(spans.positions_T + a))
-            y_TD, _ = mtp(x_TD, Selection(chosen.ids_TG), context)
-            steps.append(mtp.shared_head["norm"](y_TD))
+            steps.append(self._mtp_step(steps[-1], tokens_T, context, Selection(chosen.ids_TG))[0])
         return steps, chosen.loss
 
     def _context(self, spans: Spans, cache: LatentCache | None) -> Context:
