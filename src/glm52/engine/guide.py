@@ -55,7 +55,7 @@ class Marks:
 
     def __init__(self, tokenizer: Tokenizer, think: int, end_think: int) -> None:
         self.think, self.end_think = think, end_think
-        self.ends_sentence = cache(lambda token: _ends_sentence(tokenizer.decode([token])))
+        self.ends_sentence = cache(lambda token: _ends_sentence(tokenizer.piece(token)))
 
     @staticmethod
     def of(tokenizer: Tokenizer | None) -> "Marks | None":

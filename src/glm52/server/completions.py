@@ -154,7 +154,7 @@ class Writer:
 
     def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
         """Four lists of equal length. The first token of a prompt has no probability."""
-        texts = [self._tokenizer.decode([token]) for token, _ in entries]
+        texts = [self._tokenizer.piece(token) for token, _ in entries]
         offset, offsets = self._offsets.get(index, 0), []
         for text in texts:
             offsets.append(offset)
@@ -171,7 +171,7 @@ class Writer:
         """The likeliest alternatives and the token itself. Where two tokens read the same, the likelier stands."""
         out: dict[str, float] = {}
         for i, p in [*token.top.items(), (token.token_id, token.logprob)]:
-            out.setdefault(self._tokenizer.decode([i]), p)
+            out.setdefault(self._tokenizer.piece(i), p)
         return out
 
     def _data(self, index: int, text: str, reason: str | None, logprobs: Json | None, ids: Json | None = None) -> Json:

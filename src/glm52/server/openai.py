@@ -369,7 +369,7 @@ def usage_details(usage: Usage) -> tuple[Json, Json]:
 
 def logprobs_payload(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> Json:
     def entry(token: int, logprob: float) -> Json:
-        text = tokenizer.decode([token])
+        text = tokenizer.piece(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     return {"content": [

@@ -32,7 +32,7 @@ def tokenize(service: Service, client: str, body: Any) -> Json:
         request = openai.read({k: v for k, v in body.items() if k not in own}, service.defaults)
         ids = service.render(request, client)[1][0]
     out: Json = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
-    return out | ({"token_strs": [service.tokenizer.decode([i]) for i in ids]} if given.return_token_strs else {})
+    return out | ({"token_strs": [service.tokenizer.piece(i) for i in ids]} if given.return_token_strs else {})
 
 
 def detokenize(service: Service, body: Any) -> Json:
