@@ -95,6 +95,20 @@ def test_half_sent_headers_hinder_nobody(url: str) -> None:
         assert httpx.post(url + CHAT, json=BODY, headers=HEADERS).status_code == 200
 
 
+@pytest.mark.parametrize("begin", [b"GET /health HTTP/1.1\r\nx: ", b"GET /", b"POST /health HTTP/1.1\r\nhost: x\r\n"])
+def test_heads_without_end_are_refused(url: str, begin: bytes) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as endless:
+        endless.sendall(begin)
+        more = b"x: y\r\n" * 512 if begin.endswith(b"\n") else b"x" * 4096
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1 << 12):
+                endless.sendall(more)
+        with contextlib.suppress(ConnectionError):  # as a client sees it that is still sending
+            assert endless.recv(1 << 16).startswith(b"HTTP/1.1 400")
+    assert httpx.get(url + "/health").status_code == 200
+
+
 def test_half_sent_headers_are_hung_up_on_in_time() -> None:
     """Silence, a head that trickles, and one after a request that was answered; an answer may take as long as it takes."""
     with contextlib.ExitStack() as stack:

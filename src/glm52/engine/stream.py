@@ -8,6 +8,7 @@ step. An error in the engine's thread reaches every stream; none waits for ever.
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -75,11 +76,11 @@ class _Ticks:
             stream.is_due = True  # then the look at pending: the engine's thread does both the other way round
             if stream.pending:
                 stream.wake()
-        self._loop.call_soon(self._all_told, self._loop.time())
+        self._loop.call_soon(self._all_told, time.perf_counter())
 
     def _all_told(self, began: float) -> None:
         """Runs behind the readers that were woken, which have said what they had by then."""
-        self._telling_s += (self._loop.time() - began - self._telling_s) / 4
+        self._telling_s += (time.perf_counter() - began - self._telling_s) / 4
 
 
 class AsyncEngine:
