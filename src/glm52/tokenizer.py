@@ -14,6 +14,12 @@ from glm52.errors import CheckpointError
 
 _REPLACEMENT = "�"
 
+# Byte-level BPE writes printable bytes as themselves and the others as characters from 256 on. Source: GPT-2's encoder.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
+    chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+
 
 class Tokenizer:
     """A tokenizer.json in use. Ids are those of the checkpoint."""
@@ -83,6 +89,12 @@ class Tokenizer:
     def piece(self) -> Callable[[int], str]:
         """The text of a token by itself; kept, for replies ask for the same few again and again."""
         return cache(lambda token: self.decode([token]))
+
+    def to_bytes(self, token: int) -> bytes:
+        """A token's own bytes, which may be a part of a character."""
+        name = "" if token in self.special_ids else self._backend.id_to_token(token) or ""
+        codes = [_BYTE_OF.get(c) for c in name]
+        return self.piece(token).encode() if not codes or None in codes else bytes(codes)  # type: ignore[arg-type]
 
     def stream(self) -> "Detokenizer":
         return Detokenizer(self)

@@ -37,6 +37,7 @@ class Fake:
         self.kind, self.fault, self.thought, self.answer = kind, "", "Hm.</think>", "Hello!"
         self.bodies: list[Any] = []
         self.num_open = 0
+        self._parts: list[int] = []
         path = "/completion" if kind == "llamacpp" else "/v1/completions"
         self.app = Starlette(routes=[
             Route("/v1/models", self._models), Route("/props", self._props), Route(path, self._say, methods=["POST"]),
@@ -60,7 +61,12 @@ class Fake:
             return PlainTextResponse("CUDA out of memory", 500)
         if self.fault == "429":
             return PlainTextResponse("too many", 429)
-        return StreamingResponse(self._lines(self.bodies[-1]), media_type="text/event-stream")
+        lines = self._lines(self.bodies[-1])
+        if self.bodies[-1]["stream"]:
+            return StreamingResponse(lines, media_type="text/event-stream")
+        events = [json.loads(line.removeprefix("data:")) async for line in lines]
+        ids = [t for e in events for t in e.get("tokens", [])]
+        return JSONResponse(events[-1] | {"tokens": ids, "content": TOKENIZER.decode(ids)})
 
     async def _lines(self, body: Any) -> AsyncIterator[str]:
         self.num_open += 1
@@ -91,11 +97,26 @@ class Fake:
         return min(bias) if max(bias.values()) > 0 else min(set(range(4096)) - set(bias))
 
     def _line(self, token: int, body: Any) -> str:
-        text = TOKENIZER.decode([token])
+        """llama.cpp names no tokens that are a part of a character, but the last one."""
+        self._parts.append(token)
+        text = TOKENIZER.decode(self._parts)
+        if is_part := text.endswith("\ufffd"):
+            text = ""
+        else:
+            self._parts = []
         if self.kind == "llamacpp":
-            timings = {"timings": {"cache_n": 2 * len(self.bodies)}} if body.get("timings_per_token") else {}
-            return f"data: {json.dumps({'content': text, 'tokens': [token], 'stop': False} | timings)}\n\n"
+            event = {"content": text, "tokens": [token], "stop": False}
+            if body.get("timings_per_token"):
+                event["timings"] = {"cache_n": 2 * len(self.bodies)}
+            if body.get("n_probs"):
+                top = [{"id": i, "logprob": p} for i, p in ((7, -0.25), (token, -1.5))]
+                event["completion_probabilities"] = [{"id": token, "logprob": -1.5, "top_logprobs": top}]
+            return "" if is_part and body["stream"] else f"data: {json.dumps(event)}\n\n"
         choice = {"text": text, "finish_reason": None} | ({"token_ids": [token]} if self.kind == "vllm" else {})
+        if body.get("logprobs") is not None and self.fault != "unscored":
+            name = (lambda i: f"token_id:{i}") if self.kind == "vllm" else lambda i: TOKENIZER.decode([i])
+            top = {name(token): -1.5, name(7): -0.25}
+            choice["logprobs"] = {"tokens": [name(token)], "token_logprobs": [-1.5], "top_logprobs": [top]}
         return f"data: {json.dumps({'choices': [choice]})}\n\n"
 
     def _end(self, reason: str) -> str:
@@ -206,9 +227,46 @@ def test_hanging_up_cancels_upstream(fake: tuple[Fake, httpx.Client]) -> None:
     upstream.wait_until(num_open=0)
 
 
-def test_log_probabilities_are_refused(fake: tuple[Fake, httpx.Client]) -> None:
-    reply = fake[1].post(PATHS["chat"], json={"messages": [{"role": "user", "content": "Hi"}], "logprobs": True})
+@pytest.mark.parametrize("stream", [False, True])
+def test_characters_of_several_tokens(fake: tuple[Fake, httpx.Client], stream: bool) -> None:
+    """Also where upstream is asked for one token, and that is a part of a character; then it must name it."""
+    upstream, client = fake
+    upstream.answer = "簾, 😀!"
+    assert len(TOKENIZER.encode(upstream.answer)) > len(upstream.answer)
+    said = ask(client, "chat", "Hi", max_tokens=100, stream=stream)
+    assert said.content == upstream.answer and len(upstream.bodies) == 1
+    if upstream.kind != "sglang":
+        said = ask(client, "chat", "Hi", max_tokens=100, stream=stream, guided_choice=["😀😀", "🙂"])
+        assert said.content in ("😀😀", "🙂") and said.finish == "stop"
+
+
+def test_log_probabilities_are_those_of_upstream(fake: tuple[Fake, httpx.Client]) -> None:
+    upstream, client = fake
+    body = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 1}
+    said = client.post(PATHS["chat"], json=body).json()["choices"][0]
+    entries = said["logprobs"]["content"]
+    assert "".join(e["token"] for e in entries) == "Hm.</think>Hello!" and said["message"]["content"] == "Hello!"
+    likeliest = TOKENIZER.decode([7])
+    assert all(e["logprob"] == -1.5 for e in entries)
+    assert all([(t["token"], t["logprob"]) for t in e["top_logprobs"]] == [(likeliest, -0.25)] for e in entries)
+    scored = {"prompt": "Hi", "echo": True, "max_tokens": 1, "logprobs": 1}
+    reply = client.post("/v1/completions", json=scored)
     assert reply.status_code == 400 and "upstream" in reply.json()["error"]["message"]
+
+
+def test_log_probabilities_that_upstream_does_not_tell(fake: tuple[Fake, httpx.Client]) -> None:
+    """Parts of a character behind llama.cpp; all tokens where the field is not known."""
+    upstream, client = fake
+    body = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
+    if upstream.kind == "llamacpp":
+        upstream.answer = "簾"
+        entries = client.post(PATHS["chat"], json=body).json()["choices"][0]["logprobs"]["content"]
+        parts = len(TOKENIZER.encode("簾")) - 1
+        assert parts and [e["logprob"] for e in entries[-parts - 2 :]] == [-1.5, *[-9999.0] * parts, -1.5]
+    else:
+        upstream.fault = "unscored"
+        reply = client.post(PATHS["chat"], json=body)
+        assert reply.status_code == 502 and "log probabilities" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -254,6 +312,28 @@ def test_our_own_server_as_upstream(own: tuple[str, str], fields: Any) -> None:
             both.append(ask(client, "chat", "What is 3+4?", max_tokens=150, temperature=0.0, stream=True, **fields))
     behind, before = ((s.reasoning, s.content, s.calls, s.finish) for s in both)
     assert behind == before and (both[0].content or both[0].calls)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"guided_choice": ["left", "right"]}, {"reasoning": {"max_tokens": 8}},
+    {"tools": [WEATHER], "tool_choice": "required"},
+])  # fmt: skip
+def test_log_probabilities_over_our_own_server(own: tuple[str, str], fields: Any) -> None:
+    """Also of tokens that upstream was made to say."""
+    body = {
+        "messages": [{"role": "user", "content": "What is 3+4?"}], "logprobs": True, "top_logprobs": 3,
+        "temperature": 0.0, "max_tokens": 60,
+    }  # fmt: skip
+    behind, before = (
+        httpx.post(base + PATHS["chat"], json={**body, **fields}, timeout=60).json()["choices"][0]["logprobs"][
+            "content"
+        ]
+        for base in own
+    )
+    assert behind and [e["token"] for e in behind] == [e["token"] for e in before]
+    for one, other in zip(behind, before, strict=True):
+        assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+        assert [t["token"] for t in one["top_logprobs"]] == [t["token"] for t in other["top_logprobs"]]
 
 
 def test_every_dialect_over_our_own_server(own: tuple[str, str]) -> None:

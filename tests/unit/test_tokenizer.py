@@ -16,7 +16,9 @@ TOKENIZER = Tokenizer.read(NANO)
 @settings(max_examples=300, deadline=None)
 @given(text=st.text())
 def test_round_trip(text: str) -> None:
-    assert TOKENIZER.decode(TOKENIZER.encode(text, special=False)) == text
+    ids = TOKENIZER.encode(text, special=False)
+    assert TOKENIZER.decode(ids) == text
+    assert b"".join(TOKENIZER.to_bytes(i) for i in ids) == text.encode()
 
 
 @settings(max_examples=300, deadline=None)
@@ -44,6 +46,14 @@ def test_special_tokens_only_where_they_are_trusted() -> None:
     assert [i for i in TOKENIZER.encode(text) if i in TOKENIZER.special_ids] == [4067, 4081, 4067]
     plain = TOKENIZER.encode(text, special=False)
     assert not TOKENIZER.special_ids & set(plain) and TOKENIZER.decode(plain) == text
+
+
+def test_bytes_of_every_token() -> None:
+    """Those of a whole character, of a part of one, of special tokens and of ids that mean nothing."""
+    for token in range(TOKENIZER.vocab_size):
+        said, text = TOKENIZER.to_bytes(token), TOKENIZER.piece(token)
+        assert said.decode("utf-8", "replace") == text and said
+    assert TOKENIZER.to_bytes(4067) == b"<|user|>" and TOKENIZER.to_bytes(1 << 20) == b""
 
 
 def test_the_vocabulary() -> None:

@@ -2,7 +2,8 @@
 
 Prompts are continued as they stand: no template, no parsing; the strings of special tokens are special tokens. With
 ``echo`` and ``logprobs`` the prompt's own log probabilities are computed, which is what evaluation harnesses read; they
-count on one token after it, so that one may be the end of the text. ``return_token_ids`` is vLLM's: ids beside texts.
+count on one token after it, so that one may be the end of the text. ``return_token_ids`` is vLLM's: ids beside texts;
+so is ``return_tokens_as_token_ids``: ids instead of texts beside log probabilities.
 """
 
 import time
@@ -47,6 +48,7 @@ class TextBody(SharedBody):
     logprobs: int | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 def read(body: Any, defaults: Defaults) -> ChatRequest:
@@ -64,7 +66,10 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         model=text.model or "", params=params, prompts=_prompts(text.prompt), structure=guided_structure(text),
         thinking=Thinking(enabled=False), n=num_answers(text), echo=bool(text.echo), stream=bool(text.stream),
         include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())),
-        raw={"only_echo": limit == 0, "wants_ids": bool(text.return_token_ids)},
+        raw={
+            "only_echo": limit == 0, "wants_ids": bool(text.return_token_ids),
+            "names_ids": bool(text.return_tokens_as_token_ids),
+        },
     )  # fmt: skip
 
 
@@ -161,7 +166,7 @@ class Writer:
             offset += len(text)
         self._offsets[index] = offset
         return {
-            "tokens": texts,
+            "tokens": [self._name(token) for token, _ in entries],
             "token_logprobs": [None if t is None else t.logprob for _, t in entries],
             "top_logprobs": [None if t is None else self._top(t) for _, t in entries],
             "text_offset": offsets,
@@ -171,8 +176,11 @@ class Writer:
         """The likeliest alternatives and the token itself. Where two tokens read the same, the likelier stands."""
         out: dict[str, float] = {}
         for i, p in [*token.top.items(), (token.token_id, token.logprob)]:
-            out.setdefault(self._tokenizer.piece(i), p)
+            out.setdefault(self._name(i), p)
         return out
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.request.raw.get("names_ids") else self._tokenizer.piece(token)
 
     def _data(self, index: int, text: str, reason: str | None, logprobs: Json | None, ids: Json | None = None) -> Json:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

@@ -369,8 +369,7 @@ def usage_details(usage: Usage) -> tuple[Json, Json]:
 
 def logprobs_payload(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> Json:
     def entry(token: int, logprob: float) -> Json:
-        text = tokenizer.piece(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": tokenizer.piece(token), "logprob": logprob, "bytes": list(tokenizer.to_bytes(token))}
 
     return {"content": [
         entry(t.token_id, t.logprob) | {"top_logprobs": [entry(i, p) for i, p in t.top.items()]} for t in logprobs

@@ -6,21 +6,21 @@ the stream is cut and the reply goes on from the same tokens with ``</think>`` a
 form of the answer does not let stand, the stream is cut before it, and upstream chooses one more token among those that
 may stand (a bias of 100 for them). That is what a mask makes of the same logits: the greedy choice is the same, and a
 token drawn, and drawn again where it may not stand, has the distribution of one drawn behind a mask (but for top_p and
-top_k, which cut before it). Log probabilities, which every upstream tells differently, are refused.
+top_k, which cut before it). Log probabilities are the upstream's own; those of a prompt are refused.
 """
 
 import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 
 from glm52.config import GLMConfig
-from glm52.engine import Event, FinishReason, SamplingParams, Sequence
+from glm52.engine import Event, FinishReason, SamplingParams, Sequence, TokenLogprob
 from glm52.engine.guide import Guide, Marks
 from glm52.engine.matcher import Matchers
 from glm52.errors import RequestError
@@ -28,17 +28,22 @@ from glm52.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 _CONNECT_S, _STALL_S = 10.0, 300.0
+_REPLACEMENT = "\ufffd"
 _BIAS = 100.0  # OpenAI's most: as good as a ban or an exclusive choice
+_UNTOLD = -9999.0  # OpenAI's log probability of a token that it does not tell
+_BY_ID = "token_id:"  # vLLM's names of tokens
 
 
 @dataclass
 class Piece:
-    """What one line of an upstream's stream says. token_ids: None where it gives texts only."""
+    """What one line of an upstream's stream says. token_ids: None where it gives texts only. logprobs: a token's own
+    and those of the likeliest by their names, see ``Upstream._id``."""
 
     text: str = ""
     token_ids: list[int] | None = None
     finish: str | None = None
     num_cached: int | None = None
+    logprobs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
 
 class Upstream:
@@ -69,9 +74,9 @@ class Upstream:
 
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
         """Events of one reply until its finish_reason."""
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(params, name) is not None:
-                raise RequestError(f"{name}: not available through an upstream server", param=name)
+        if params.prompt_logprobs is not None:
+            raise RequestError("logprobs: those of the prompt are not available through an upstream server",
+                               param="logprobs")  # fmt: skip
         if params.grammar is not None:
             await asyncio.to_thread(self._matchers.compile, params.grammar)
         seq, choices, is_first = self._new_sequence(list(tokens), params), None, True
@@ -88,7 +93,8 @@ class Upstream:
                     raise RequestError("the upstream server does not choose among the tokens that logit_bias leaves it",
                                        status=502, code="upstream_error")  # fmt: skip
                 choices, is_first = self._choices(seq) if choices is None else None, False
-                if choices is not None and len(choices) < 2:
+                fewest = 2 if params.logprobs is None else 1  # that upstream is asked to choose among
+                if choices is not None and len(choices) < fewest:
                     yield self._take(seq, choices) if choices else self._end(seq, "grammar")
                     choices = None
 
@@ -109,8 +115,8 @@ class Upstream:
             async for piece in pieces:
                 if is_first and piece.num_cached is not None:
                     seq.num_cached_tokens = piece.num_cached
-                ids = self._tokenizer.encode(piece.text) if piece.token_ids is None else piece.token_ids
-                event = self._take(seq, ids)
+                ids = self._ids(piece)
+                event = self._take(seq, ids, self._logprobs(seq, piece, ids))
                 if ids:
                     yield event
                 is_cut = seq.guide.must_close or len(event.token_ids) < len(ids) or (choices is not None and ids)
@@ -124,7 +130,36 @@ class Upstream:
                     return
         raise RequestError("the upstream server's stream was cut off", status=502, code="upstream_cut")
 
-    def _take(self, seq: Sequence, ids: list[int]) -> Event:
+    def _ids(self, piece: Piece) -> list[int]:
+        """Of tokens that are a character together llama.cpp streams the last one only, with the text of all."""
+        ids = piece.token_ids
+        is_streamed = self.is_llama and piece.finish is None
+        if ids is None or (is_streamed and piece.text and _REPLACEMENT in self._tokenizer.decode(ids)):
+            return self._tokenizer.encode(piece.text)
+        return ids
+
+    def _logprobs(self, seq: Sequence, piece: Piece, ids: list[int]) -> list[TokenLogprob]:
+        """One for each token, if they are asked for."""
+        count, told = seq.params.logprobs, piece.logprobs
+        if count is None:
+            return []
+        if ids and not told and not self.is_llama:
+            raise RequestError("the upstream server tells no log probabilities", status=502, code="upstream_error")
+        out = [TokenLogprob(token, _UNTOLD, {}) for token in ids[: max(len(ids) - len(told), 0)]]
+        for token, (own, top) in zip(ids[len(out) :], told, strict=False):
+            likeliest = sorted(top.items(), key=lambda item: -item[1])[:count]
+            named = {self._id(name): p for name, p in likeliest}
+            out.append(TokenLogprob(token, own, {i: p for i, p in named.items() if i is not None}))
+        return out
+
+    def _id(self, name: str) -> int | None:
+        """``token_id:N``, or a text that is one token."""
+        if name.startswith(_BY_ID) and (number := name.removeprefix(_BY_ID)).isdecimal():
+            return int(number)
+        ids = self._tokenizer.encode(name)
+        return ids[0] if len(ids) == 1 else None
+
+    def _take(self, seq: Sequence, ids: list[int], logprobs: Iterable[TokenLogprob] = ()) -> Event:
         """Tokens that came, as far as they may stand."""
         said, text = [], ""
         for token in ids:
@@ -135,7 +170,8 @@ class Upstream:
                 said.append(token)
                 text += piece
         text += seq.close_text() if seq.finish_reason is not None else ""
-        return Event(seq=seq, token_ids=said, text=text, finish_reason=seq.finish_reason)
+        told = list(logprobs)[: len(said)]
+        return Event(seq=seq, token_ids=said, text=text, logprobs=told, finish_reason=seq.finish_reason)
 
     def _end(self, seq: Sequence, reason: FinishReason) -> Event:
         seq.finish_reason = reason
@@ -158,6 +194,8 @@ class Upstream:
         path, parse = ("/completion", parse_llama) if self.is_llama else ("/v1/completions", parse_completion)
         limit = seq.max_tokens - len(seq.output) if choices is None else 1
         body = (self._llama_body if self.is_llama else self._body)(seq, limit, self._bias(seq.params, choices))
+        # One token is asked for whole: in a stream llama.cpp names none that is a part of a character.
+        body["stream"] = not (self.is_llama and choices is not None)
         last = None
         with _named(self.url):
             async with client.stream("POST", self.url + path, json=body) as reply:
@@ -166,8 +204,8 @@ class Upstream:
                 async for line in reply.aiter_lines():
                     if line.startswith("data: [DONE]"):
                         break
-                    if line.startswith(("data:", "error:")):
-                        piece = parse(line.partition(":")[2])
+                    if line.startswith(("data:", "error:", "{")):
+                        piece = parse(line if line.startswith("{") else line.partition(":")[2])
                         # What ends a reply is told on, once the line after it may have told of the cache.
                         if last is not None:
                             last.num_cached = piece.num_cached
@@ -197,10 +235,11 @@ class Upstream:
             "logit_bias": {str(k): v for k, v in bias.items()}, "stop_token_ids": sorted(params.stop_token_ids),
         }  # fmt: skip
         return {
-            "model": self.model, "prompt": seq.tokens, "max_tokens": limit, "stream": True,
+            "model": self.model, "prompt": seq.tokens, "max_tokens": limit,
             "stream_options": {"include_usage": True}, "temperature": params.temperature, "top_p": params.top_p,
             "skip_special_tokens": False, "spaces_between_special_tokens": False, "return_token_ids": True,
             **{k: v for k, v in optional.items() if v}, **_seed(seq),
+            **({} if params.logprobs is None else {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}),
             **({"repetition_penalty": params.repetition_penalty} if params.repetition_penalty != 1.0 else {}),
         }  # fmt: skip
 
@@ -209,12 +248,13 @@ class Upstream:
         not asked for, they come after the token that ends a reply."""
         params = seq.params
         return {
-            "prompt": seq.tokens, "n_predict": limit, "stream": True, "cache_prompt": True,
+            "prompt": seq.tokens, "n_predict": limit, "cache_prompt": True,
             "return_tokens": True, "timings_per_token": True,
             "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k,
             "min_p": params.min_p, "presence_penalty": params.presence_penalty, "ignore_eos": params.ignore_eos,
             "frequency_penalty": params.frequency_penalty, "repeat_penalty": params.repetition_penalty,
             "logit_bias": [[k, v] for k, v in bias.items()], **_seed(seq),
+            **({} if params.logprobs is None else {"n_probs": max(params.logprobs, 1)}),
         }  # fmt: skip
 
 
@@ -231,7 +271,10 @@ def parse_completion(line: str) -> Piece:
     finish = choice.get("finish_reason")
     if finish not in (None, "stop", "length"):
         raise RequestError(f"the upstream server ended the reply: {finish}", status=502, code="upstream_error")
-    return Piece(choice.get("text") or "", choice.get("token_ids"), finish, details.get("cached_tokens"))
+    told = choice.get("logprobs") or {}
+    own = told.get("token_logprobs") or []
+    logprobs = [(p, top or {}) for p, top in zip(own, told.get("top_logprobs") or [None] * len(own), strict=False)]
+    return Piece(choice.get("text") or "", choice.get("token_ids"), finish, details.get("cached_tokens"), logprobs)
 
 
 def parse_llama(line: str) -> Piece:
@@ -239,8 +282,13 @@ def parse_llama(line: str) -> Piece:
     event = _object(line)
     is_end = event.get("stop") is True
     finish = ("length" if event.get("stop_type") == "limit" else "stop") if is_end else None
-    ids = None if is_end else event.get("tokens") or None
-    return Piece(event.get("content") or "", ids, finish, (event.get("timings") or {}).get("cache_n"))
+    logprobs = [
+        (token.get("logprob", _UNTOLD), {f"{_BY_ID}{t.get('id')}": t.get("logprob", _UNTOLD) for t in top})
+        for token in event.get("completion_probabilities") or []
+        for top in [token.get("top_logprobs") or []]
+    ]
+    num_cached = (event.get("timings") or {}).get("cache_n")
+    return Piece(event.get("content") or "", event.get("tokens") or None, finish, num_cached, logprobs)
 
 
 def _object(line: str) -> Json:
