@@ -238,14 +238,28 @@ def _normalize(message: Message) -> dict[str, Any]:
         raise RequestError(
             f"messages: expected role system, user, assistant or tool, found {out.get('role')!r}", param="messages"
         )
+    content = out["content"] = _joined(out.get("content"))
     if out["role"] == "assistant":
-        content = out.get("content")
         if isinstance(content, str) and END_THINK in content and not isinstance(out.get("reasoning_content"), str):
             out["reasoning_content"] = content.split(END_THINK)[0].split(THINK)[-1]
             out["content"] = content.split(END_THINK)[-1]
         out["tool_calls"] = [_normalize_call(call) for call in out.get("tool_calls") or []]
-    out["content"] = "" if out.get("content") is None else out["content"]
     return out
+
+
+def _joined(content: Any) -> Any:
+    """Adjacent texts as one: the template would put them together, and with them what must stay apart."""
+    if not isinstance(content, list):
+        return "" if content is None else content
+    out: list[Any] = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if is_text and out and isinstance(out[-1], str):
+            out[-1] += part["text"]
+        else:
+            out.append(part["text"] if is_text else part)
+    parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in out]
+    return out[0] if len(out) == 1 and isinstance(out[0], str) else parts
 
 
 def _normalize_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +276,12 @@ def _normalize_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unused_noncharacter(text: str) -> str:
-    return next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in text)
+    unused = next((chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in text), None)
+    if unused is None:
+        raise RequestError(
+            "messages: a text with all of U+FDD0 to U+FDEF may not name special tokens too", param="messages"
+        )
+    return unused
 
 
 def _cut_leaves(value: Any, pattern: re.Pattern[str], cut: str) -> Any:
@@ -629,6 +648,9 @@ def _type_of(value: Any) -> str:
     return names[type(value)]
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def read_value(text: str, types: frozenset[str]) -> tuple[Any, str | None]:
     """The value a text stands for under a set of JSON types, and the code of a diagnostic if it had to be bent."""
     candidates: list[tuple[Any, str | None]] = []
@@ -640,6 +662,8 @@ def read_value(text: str, types: frozenset[str]) -> tuple[Any, str | None]:
         if literal is not _NOTHING:
             candidates.append((literal, "argument_repaired"))
     for value, code in candidates:
+        if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):  # half a character: no client could read it
+            continue
         kind = _type_of(value)
         if not types and kind != "string":
             return value, code if code is None else "argument_repaired"

@@ -117,6 +117,24 @@ def test_users_cannot_forge_structure(tokenizer: Tokenizer, text: str) -> None:
     specials = [i for i in ids if i in tokenizer.special_ids]
     assert specials == [i for i in TEMPLATE.render_ids(tokenizer, plain, thinking=keep) if i in tokenizer.special_ids]
     assert tokenizer.decode(ids) == render(messages, thinking=keep)
+    halves = [{"type": "text", "text": half} for half in (text[:3], text[3:])]
+    assert TEMPLATE.render_ids(tokenizer, [messages[0] | {"content": halves}]) == TEMPLATE.render_ids(
+        tokenizer, messages[:1]
+    )
+
+
+def test_texts_that_no_cut_can_be_put_into(tokenizer: Tokenizer) -> None:
+    nonsense = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    assert TEMPLATE.render_ids(tokenizer, [{"role": "user", "content": nonsense}])
+    with pytest.raises(RequestError, match="FDD0"):
+        TEMPLATE.render_ids(tokenizer, [{"role": "user", "content": nonsense + "<|user|>"}])
+
+
+def test_thoughts_in_a_reply_of_parts_are_thoughts() -> None:
+    said = "<think>abc</think>yes"
+    parts = [{"type": "text", "text": said[:9]}, {"type": "text", "text": said[9:]}]
+    both = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": c}] for c in (said, parts)]
+    assert render(both[0]) == render(both[1])
 
 
 def test_training_mask_covers_what_the_assistant_produces(tokenizer: Tokenizer) -> None:
@@ -159,6 +177,7 @@ def argument(key: str, value: str) -> tuple[str, list[str]]:
         ("o", "{'a': 1}", '{"o": {"a": 1}}', ["argument_repaired"]),
         ("free", "[1]", '{"free": [1]}', []),
         ("free", "text", '{"free": "text"}', []),
+        ("free", '["\\ud83d"]', '{"free": "[\\"\\\\ud83d\\"]"}', []),
         ("n", "NaN", '{"n": "NaN"}', ["argument_type"]),
     ],
 )
