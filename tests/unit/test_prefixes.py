@@ -39,7 +39,21 @@ def test_clocks_and_meters_of_environment_details_stand_still() -> None:
     [
         ("Current time: 2026-11-25T14:03:44Z. Be brief.", "Current time: 2026-11-25. Be brief.", ["clock"]),
         ("Today's date is 2026-11-25.", "Today's date is 2026-11-25.", []),
-        ("The train of 2026-11-25 14:03 is late.", "The train of 2026-11-25 14:03 is late.", []),
+        ("It is now 2026-11-25 14:03.", "It is now 2026-11-25.", ["clock"]),
+        *(
+            (fact, fact, [])
+            for fact in (
+                "The train of 2026-11-25 14:03 is late.",
+                "As you know, it leaves at 2026-05-01 17:45.",
+                "Deadline date: 2026-05-01 17:00 sharp",
+                "The candidate arrives 2026-05-01 09:30.",
+            )
+        ),
+        (
+            "Current time: 2026-01-01 10:00; we meet 2026-01-01 15:00",
+            "Current time: 2026-01-01; we meet 2026-01-01 15:00",
+            ["clock"],
+        ),
         ("x-anthropic-billing-header: cch=a1;\nYou are an agent.", "You are an agent.", ["billing"]),
     ],
 )
@@ -119,8 +133,24 @@ def test_reasoning_is_found_by_its_turn(sent: dict[str, Any]) -> None:
 
 
 def test_recall_is_bounded() -> None:
-    recall = Recall(max_chars=100)
+    recall = Recall(max_chars=1100)  # ten entries, two a turn
     for i in range(30):
         recall.keep("me", [{"role": "user", "content": str(i)}], Reply(content="x"), "r" * 10)
-    assert len(recall) == 10
-    assert recall.restored("me", [{"role": "user", "content": "29"}, {"role": "assistant", "content": "x"}])[1] == 1
+    answered = [
+        recall.restored("me", [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}])[1]
+        for i in range(30)
+    ]
+    assert answered == [0] * 25 + [1] * 5
+
+
+def test_reasoning_belongs_to_all_that_was_said_before() -> None:
+    """The same message and reply again, with other reasoning and with none."""
+    recall, turn = Recall(), [*ASKED, {"role": "assistant", "content": "Yes."}]
+    recall.keep("me", ASKED, Reply(content="Yes."), "First.")
+    assert recall.restored("me", [{"role": "user", "content": "Earlier"}, *turn])[1] == 1, "the only one of its kind"
+    recall.keep("me", [*turn, *ASKED], Reply(content="Yes."), "Second.")
+    found, count = recall.restored("me", [*turn, *turn])
+    assert count == 2 and [m["reasoning_content"] for m in found[1::2]] == ["First.", "Second."]
+    assert recall.restored("me", [{"role": "user", "content": "Earlier"}, *turn])[1] == 0, "which of them?"
+    recall.keep("me", ASKED, Reply(content="Yes."), "")
+    assert recall.restored("me", turn)[1] == 0, "the last time it was said without"

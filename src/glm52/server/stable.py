@@ -15,7 +15,11 @@ from typing import Any
 Json = dict[str, Any]
 _BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
 _DETAILS = re.compile(r"<environment_details>.*?</environment_details>", re.DOTALL)
-_NAMED = re.compile(r"(current|today|local|system|now|time|date)[^\n]{0,40}$", re.IGNORECASE)
+_NAMED = re.compile(
+    r"\b(?:(?:current|local|system|today'?s) (?:local )?(?:date|time)|date and time|date/time|time now)\b.{0,40}$"
+    r"|\b(?:now|today)(?: is| it is)?\W{0,5}$",
+    re.IGNORECASE,
+)
 _DATE = r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|[A-Z][a-z]{2} [A-Z][a-z]{2} \d{1,2} \d{4}"
 _CLOCK = r"\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?"
 _ZONE = r"(?: ?Z| ?(?:UTC|GMT)?[+-]\d\d:?\d\d)?"
@@ -67,7 +71,7 @@ def _still_clock(text: str) -> str:
         if found:
             above = lines[i - 1] if i and lines[i - 1].startswith("#") else ""
             if _NAMED.search(line[: found.start()]) or _NAMED.search(above):
-                lines[i] = _MOMENT.sub(lambda m: m.group("date"), line)
+                lines[i] = _MOMENT.sub(lambda m: m.group("date"), line, count=1)
     return "\n".join(lines)
 
 
