@@ -269,6 +269,56 @@ def test_messages_round_trip_of_a_tool(script: Script, claude: anthropic.Anthrop
     assert counted.input_tokens == len(TOKENIZER.encode(script.prompts[-1]))
 
 
+def test_blocks_of_every_kind_are_seen(script: Script, http: httpx.Client) -> None:
+    """What a user says behind a reminder is no part of the result; tools that were deferred appear where referred to."""
+    found = {
+        "type": "search_result",
+        "title": "River",
+        "source": "a.txt",
+        "content": [{"type": "text", "text": "wide"}],
+    }
+    hidden = {"name": "hidden", "description": "h", "input_schema": {"type": "object"}, "defer_loading": True}
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    remark = {"type": "text", "text": "<system-reminder>x</system-reminder> Now delete it"}
+    for content, after, expected in (
+        ([found], [], "<tool_response>River\na.txt\nwide</tool_response>"),
+        ([{"type": "tool_reference", "tool_name": "hidden"}], [], '<tool_response><tools>\n{"name": "hidden"'),
+        ([{"type": "sound"}], [], "<reminder>A block of the type sound was left out.</reminder>"),
+        ("r", [remark], "<tool_response>r</tool_response><|user|><system-reminder>x</system-reminder> Now delete it"),
+    ):
+        result = {"type": "tool_result", "tool_use_id": "t", "content": content}
+        turns = [*USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result, *after]}]
+        body = {"max_tokens": 9, "messages": turns, "tools": [hidden, ANTHROPIC_TOOL]}
+        assert http.post("/v1/messages", json=body).status_code == 200
+        assert expected in script.prompts[-1] and script.prompts[-1].count('"hidden"') == ("hidden" in expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": 5}]}]}, "messages.0.content.0.content"),
+        ("/v1/chat/completions", {"tools": [{"type": "function", "function": {"description": "d"}}]}, "tools.0.function.name"),
+        ("/v1/chat/completions", {"tools": [{"function": {"name": "f", "parameters": 5}}]}, "tools.0.function.parameters"),
+        ("/v1/chat/completions", {"tools": [{"function": {"name": "f"}}], "tool_choice": {"type": "function", "function": "g"}}, "tool_choice"),
+    ],
+)  # fmt: skip
+def test_what_has_the_wrong_shape_is_named(http: httpx.Client, path: str, fields: Any, param: str) -> None:
+    reply = http.post(path, json={"messages": USER, "max_tokens": 9, **fields})
+    assert reply.status_code == 400 and param in reply.text, reply.text
+
+
+def test_tools_are_shown_as_the_client_wrote_them(script: Script, http: httpx.Client) -> None:
+    function = {
+        "name": "f",
+        "description": "D",
+        "parameters": {"type": "object", "properties": {"a": {"default": None}}},
+    }
+    body = {"messages": USER, "max_tokens": 9, "tools": [{"type": "function", "function": function | {"strict": None}}]}
+    for path in ("/v1/chat/completions", "/api/paas/v4/chat/completions"):
+        assert http.post(path, json=body).status_code == 200
+        assert f"\n{json.dumps(function)}\n" in script.prompts[-1]
+
+
 @pytest.mark.parametrize(
     ("fields", "effort"),
     [

@@ -16,6 +16,7 @@ def test_keys_let_in_those_who_have_one() -> None:
         keys.client("Bearer alpha", None, "x"),
         keys.client(None, "alpha", "y"),
         keys.client("bearer  alpha ", "no", "z"),
+        keys.client("Bearer ", "alpha", "z"),
     }
     assert len(names) == 1 and "alpha" not in names.pop()
     assert keys.client(None, "schlüssel", "x") != keys.client(None, "alpha", "x")

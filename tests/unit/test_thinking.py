@@ -44,6 +44,8 @@ def test_every_field_stands_in_the_tables() -> None:
         ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"thinking": {"budget_tokens": -2}}, "thinking.budget_tokens"),
+        ({"reasoning_effort": "high", "output_config": {"effort": "huge"}}, "output_config.effort"),
+        ({"thinking": {"budget_tokens": 2}, "thinking_budget": -9}, "thinking_budget"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"mode": "fast"}, "mode"),
     ],

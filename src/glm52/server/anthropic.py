@@ -45,6 +45,7 @@ class _Tool(Body):
     type: str | None = None
     description: str | None = None
     input_schema: Json | None = None
+    defer_loading: bool | None = None
 
 
 class MessagesBody(Sampling, thinking.ThinkingFields):
@@ -94,7 +95,9 @@ def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, list[str]]:
             skipped.append(f"tools.{i} ({tool.type})")
             continue
         schema = {k: v for k, v in (tool.input_schema or {"type": "object"}).items() if k != "$schema"}
-        function = {"name": tool.name, "description": tool.description or "", "parameters": schema}
+        function: Json = {"name": tool.name, "description": tool.description or "", "parameters": schema}
+        if tool.defer_loading:
+            function["defer_loading"] = True
         kept.append({"type": "function", "function": function})
     return kept or None, skipped
 
@@ -124,7 +127,7 @@ def _messages(message: _Message, where: str) -> list[Json]:
         return [{"role": "system", "content": _text(content, "\n\n")}]
     if message.role == "assistant":
         return [_assistant(content, where)]
-    results = [_result(b) for b in content if b.get("type") == "tool_result"]
+    results = [_result(b, f"{where}.content.{i}") for i, b in enumerate(content) if b.get("type") == "tool_result"]
     parts = [p for b in content if b.get("type") != "tool_result" for p in _parts(b)]
     if results and parts and all(_is_reminder(p) for p in parts):  # a remark on the results opens no turn of the user
         results[-1]["content"] += parts
@@ -134,7 +137,8 @@ def _messages(message: _Message, where: str) -> list[Json]:
 
 
 def _is_reminder(part: Json) -> bool:
-    return part["type"] == "text" and str(part["text"]).lstrip().startswith("<system-reminder>")
+    text = str(part.get("text") or "").strip()
+    return part["type"] == "text" and text.startswith("<system-reminder>") and text.endswith("</system-reminder>")
 
 
 def _parts(block: Json) -> list[Json]:
@@ -143,8 +147,13 @@ def _parts(block: Json) -> list[Json]:
             return [{"type": "text", "text": str(block.get("text") or "")}]
         case "image":
             return [{"type": "image"}]
+        case "search_result":
+            found = [f"{block[k]}\n" for k in ("title", "source") if isinstance(block.get(k), str)]
+            return [{"type": "text", "text": "".join(found) + _text(_blocks(block.get("content")))}]
         case "document":
-            source = block.get("source") or {}
+            source = block.get("source")
+            if not isinstance(source, dict):
+                return [_left_out("A document")]
             if source.get("type") == "text":
                 return [{"type": "text", "text": str(source.get("data") or "")}]
             if source.get("type") == "content":
@@ -152,15 +161,28 @@ def _parts(block: Json) -> list[Json]:
                 return [p for b in inner if isinstance(b, dict) for p in _parts(b)] if isinstance(inner, list) else [
                     {"type": "text", "text": str(inner or "")}
                 ]  # fmt: skip
-            return [{"type": "text", "text": "<reminder>A document that is not text was left out.</reminder>"}]
-        case _:
-            return []
+            return [_left_out("A document that is not text")]
+        case kind:
+            return [_left_out(f"A block of the type {kind}")]
 
 
-def _result(block: Json) -> Json:
+def _left_out(what: str) -> Json:
+    return {"type": "text", "text": f"<reminder>{what} was left out.</reminder>"}
+
+
+def _blocks(content: Any) -> list[Json]:
+    return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+
+
+def _result(block: Json, where: str) -> Json:
+    """References to tools become visible as those that were deferred, which the template does."""
     content = block.get("content")
-    inner = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    parts = [p for b in inner if isinstance(b, dict) for p in _parts(b)]
+    if not isinstance(content, str | list | None):
+        raise RequestError(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
+    inner = [{"type": "text", "text": content}] if isinstance(content, str) else _blocks(content)
+    parts: list[Json] = [{"type": "tool_reference", "name": b.get("tool_name")} for b in inner]
+    if not inner or any(b.get("type") != "tool_reference" for b in inner):
+        parts = [p for b in inner for p in _parts(b)]
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": parts}
 
 

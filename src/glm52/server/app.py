@@ -65,7 +65,7 @@ async def _read(request: Request, dialect: Dialect) -> ChatRequest:
     body = await json_body(request, service.options.limits)
     mode = request.headers.get("x-glm52-mode") or service.options.mode
     if mode and isinstance(body, dict) and dialect is not TEXT:
-        body.setdefault("mode", mode)
+        body["mode"] = body.get("mode") or mode
     chat = dialect.read(body, service.defaults)
     if chat.ignored and request.query_params.get("strict") == "1":
         raise RequestError(f"{chat.ignored[0]}: not known here, and strict=1", param=chat.ignored[0])
@@ -203,7 +203,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     known = as_request_error(error)
     request.app.state.service.metrics.count(dialect.name, known.status)
     headers = {"retry-after": "1"} if known.status in (429, 503) else {}
-    if known.code == "shutting_down":
+    if known.code == "shutting_down" or known.status == 500:  # after which uvicorn hangs up
         headers["connection"] = "close"
     if isinstance(error, HTTPException):
         headers |= dict(error.headers or {})

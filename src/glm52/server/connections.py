@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
         patience = int(self._limits.drain_s) + 5
         super().__init__(
             uvicorn.Config(
-                create_app(service), http=_Connection, log_level="warning", access_log=False,
+                create_app(service), http=_Connection, ws="none", log_level="warning", access_log=False,
                 timeout_graceful_shutdown=patience,
             )
         )  # fmt: skip

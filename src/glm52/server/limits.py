@@ -41,7 +41,7 @@ class Keys:
         """A name for who asks: drawn from the key, or the address where none is given. RequestError 401 if the key is
         not one of ours. All keys are compared whole, so that time tells nothing."""
         scheme, _, token = (authorization or "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else (x_api_key or "").strip()
+        given = (token.strip() if scheme.lower() == "bearer" else "") or (x_api_key or "").strip()
         digest = _digest(given)
         known = sum(hmac.compare_digest(digest, d) for d in self._digests)
         if self._digests and not known:

@@ -79,14 +79,11 @@ class _Message(Body):
     tool_calls: list[_Call] | None = None
 
 
-class _Definition(Body):
-    name: str
-    parameters: Json | None = None
-
-
 class _Tool(Body):
+    """function: as it came, for the template shows the model its fields in the client's order."""
+
     type: str = "function"
-    function: _Definition | None = None
+    function: Json | None = None
 
 
 class _Format(Body):
@@ -158,8 +155,17 @@ def _tools(chat: ChatBody) -> tuple[list[Json] | None, list[str]]:
         elif tool.function is None:
             raise RequestError(f"tools.{i}.function: Field required", param=f"tools.{i}.function")
         else:
-            kept.append(tool.model_dump(exclude_none=True))
+            function = {k: v for k, v in tool.function.items() if v is not None}
+            _check_definition(function, f"tools.{i}.function")
+            kept.append(tool.model_dump(exclude_none=True) | {"function": function})
     return kept or None, skipped
+
+
+def _check_definition(function: Json, where: str) -> None:
+    if not isinstance(function.get("name"), str):
+        raise RequestError(f"{where}.name: expected the name of a function", param=f"{where}.name")
+    if not isinstance(function.get("parameters", {}), dict):
+        raise RequestError(f"{where}.parameters: expected a JSON schema", param=f"{where}.parameters")
 
 
 def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolChoice:
@@ -173,7 +179,8 @@ def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolC
             raise RequestError("tool_choice: a call is required, but tools has no function", param="tool_choice")
         return ToolChoice("required")
     if isinstance(given, dict):
-        name = (given.get("function") or given).get("name")
+        inner = given.get("function") or given
+        name = inner.get("name") if isinstance(inner, dict) else inner
         if name in names:
             return ToolChoice("named", name)
         raise RequestError(f"tool_choice: expected the name of one of the tools, found {name!r}", param="tool_choice")

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 class _Thinking(Body):
-    type: Literal["enabled", "disabled", "adaptive"] | None = None
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"] | None = None
     budget_tokens: int | None = None
     clear_thinking: bool | None = None
     display: str | None = None
@@ -76,25 +76,28 @@ def read(body: ThinkingFields) -> Thinking:
     """RequestError names the field at fault."""
     t, r = body.thinking or _Thinking(), body.reasoning or _Reasoning()
     k, o = body.chat_template_kwargs or _Template(), body.output_config or _Output()
-    name, effort = _first({
+    efforts = _given({
         "reasoning_effort": body.reasoning_effort, "reasoning.effort": r.effort, "output_config.effort": o.effort,
         "chat_template_kwargs.reasoning_effort": k.reasoning_effort,
     })  # fmt: skip
-    if effort is not None and effort not in EFFORTS:
-        raise RequestError(f"{name}: expected {', '.join(EFFORTS[:-1])} or max, found {effort!r}", param=name)
-    name, budget = _first({
+    for name, said in efforts.items():
+        if said not in EFFORTS:
+            raise RequestError(f"{name}: expected {', '.join(EFFORTS[:-1])} or max, found {said!r}", param=name)
+    budgets = _given({
         "thinking.budget_tokens": t.budget_tokens, "reasoning.max_tokens": r.max_tokens,
         "thinking_budget": body.thinking_budget, "thinking_token_budget": body.thinking_token_budget,
         "chat_template_kwargs.thinking_budget": k.thinking_budget,
     })  # fmt: skip
-    if budget is not None and budget < -1:
-        raise RequestError(f"{name}: expected a number of tokens from 0 up, or -1, found {budget}", param=name)
-    _, clear = _first({
-        "thinking.clear_thinking": t.clear_thinking, "clear_thinking": body.clear_thinking,
-        "chat_template_kwargs.clear_thinking": k.clear_thinking,
-        "context_management": _managed(body.context_management), "mode": False if body.mode == "coding" else None,
-    })  # fmt: skip
-    off = t.type == "disabled" or effort in OFF or budget == 0
+    for name, tokens in budgets.items():
+        if tokens < -1:
+            raise RequestError(f"{name}: expected a number of tokens from 0 up, or -1, found {tokens}", param=name)
+    clears = [
+        t.clear_thinking, body.clear_thinking, k.clear_thinking, _managed(body.context_management),
+        False if body.mode == "coding" else None,
+    ]  # fmt: skip
+    effort, budget = next(iter(efforts.values()), None), next(iter(budgets.values()), None)
+    clear = next((c for c in clears if c is not None), None)
+    off = t.type in ("disabled", "between_tools") or any(e in OFF for e in efforts.values()) or 0 in budgets.values()
     off = off or False in (r.enabled, body.enable_thinking, k.enable_thinking)
     line: Literal["high", "max"] = "high" if effort in HIGH else "max"
     allowed = BUDGETS[line] if budget in (None, -1) else budget  # -1 is how some clients say 'as you see fit'
@@ -113,9 +116,9 @@ def _managed(management: _Management | list[Any] | None) -> bool | None:
     if not isinstance(management, _Management):
         return None
     keeps = [e.get("keep") for e in management.edits or [] if str(e.get("type", "")).startswith("clear_thinking")]
-    return keeps[0] != "all" if keeps else None
+    return keeps[0] not in ("all", {"type": "all"}) if keeps else None
 
 
-def _first(named: dict[str, _T | None]) -> tuple[str | None, _T | None]:
-    """The first field that is given, by name and value."""
-    return next(((name, value) for name, value in named.items() if value is not None), (None, None))
+def _given(named: dict[str, _T | None]) -> dict[str, _T]:
+    """The fields that are given; where they say different things the first counts, but for what is off."""
+    return {name: value for name, value in named.items() if value is not None}
