@@ -16,7 +16,7 @@ from glm52.engine.sampling import processed
 from glm52.grammar import Grammar
 from glm52.hub import NANO
 from glm52.session import Session
-from tests.scripted import END_THINK, TOKENIZER, ScriptedModel, random_logits
+from tests.scripted import TOKENIZER, ScriptedModel, random_logits
 
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": {
@@ -112,25 +112,22 @@ def test_greedy_output_is_identical_over_random_schedules(expected: Any) -> None
     [Grammar.regex("[abc]{2}(xy|[de])"), Grammar.tool_calls(TOOLS, "required", parallel=False)],
     ids=["regex", "calls"],
 )
-def test_speculation_keeps_the_distribution_of_what_is_allowed(grammar: Grammar) -> None:
-    """The same reply drawn 700 times with drafts and without: the same frequencies of its third token (chi-square)."""
+def test_samples_of_what_is_allowed_do_not_depend_on_drafts(grammar: Grammar) -> None:
     say = random_logits(5, dict.fromkeys(("Rome", "a", "b", "</arg_value>", "</tool_call>"), 3.0))
-    prompt, counts = TOKENIZER.encode("<|user|>x<|assistant|><think>"), {}
+    prompt, outputs = TOKENIZER.encode("<|user|>x<|assistant|><think>"), {}
     for num_drafts in (0, 3):
         engine = ScriptedModel(say, accuracy=0.6).engine(num_drafts, max_seqs=64)
-        params = [
-            SamplingParams(temperature=1.5, seed=i, max_tokens=30, grammar=grammar, thinking_budget=1)
-            for i in range(700)
+        seqs = [
+            engine.submit(
+                prompt, SamplingParams(temperature=1.5, seed=i, max_tokens=30, grammar=grammar, thinking_budget=1)
+            )
+            for i in range(200)
         ]
-        seqs = [engine.submit(prompt, p) for p in params]
         while engine.has_work:
             engine.step()
-        replies = [s.output[s.output.index(END_THINK) + 1 :] for s in seqs]
-        counts[num_drafts] = Counter(tuple(r[: 3 if "{2}" in grammar.source else 7]) for r in replies)
-    tokens = [t for t in set(counts[0]) | set(counts[3]) if counts[0][t] + counts[3][t] >= 10]
-    assert len(tokens) >= 3
-    chi2 = sum((counts[0][t] - counts[3][t]) ** 2 / (counts[0][t] + counts[3][t]) for t in tokens)
-    assert chi2 < len(tokens) - 1 + 4 * (2 * len(tokens)) ** 0.5
+        outputs[num_drafts] = [s.output for s in seqs]
+        assert 0 < sum(engine.stats.accepted) < sum(engine.stats.drafted) or not num_drafts
+    assert outputs[0] == outputs[3] and len({tuple(o) for o in outputs[0]}) > 10
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm52.engine.params import SamplingParams
-from glm52.engine.sampling import distribution, log_probabilities, pick, processed, residual, uniform
+from glm52.engine.sampling import distribution, draw, log_probabilities, processed
 from glm52.engine.sequence import Sequence
 from glm52.errors import RequestError
 from glm52.hub import NANO
@@ -46,22 +46,37 @@ def test_penalties_count_what_was_said() -> None:
     assert processed(x, SamplingParams(logit_bias={2: 5.0}), [], 0).tolist() == [0, 0, 5, 0]
 
 
-@given(u=st.floats(0, 1, exclude_max=True))
-def test_pick_never_draws_the_impossible(u: float) -> None:
-    assert pick(np.array([0.0, 0.5, 0.0, 0.5, 0.0]), u) == (1 if u < 0.5 else 3)
+@given(seed=st.integers(-(2**63), 2**64 - 1), position=st.integers(0, 1 << 20))
+def test_draws_are_a_function_of_seed_and_position_and_never_the_impossible(seed: int, position: int) -> None:
+    p = np.array([0.0, 0.5, 0.0, 0.5, 0.0])
+    assert draw(p, seed, position) == draw(p, seed, position) in (1, 3)
+    assert draw(np.eye(5)[2], seed, position) == 2
 
 
-def test_draws_are_a_function_of_seed_position_and_purpose() -> None:
-    assert uniform(1, 2, "token") == uniform(1, 2, "token")
-    others = {uniform(1, 2, "token"), uniform(2, 2, "token"), uniform(1, 3, "token"), uniform(1, 2, "draft")}
-    assert len(others) == 4 and all(0 <= u < 1 for u in others)
-    mean = np.mean([uniform(0, i, "token") for i in range(2000)])
-    assert abs(mean - 0.5) < 4 / np.sqrt(12 * 2000)
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_draws_have_their_distribution(by: str) -> None:
+    """Ten thousand of six tokens, chi-square; over neighbouring seeds and over positions."""
+    p, count = np.array([0.4, 0.3, 0.0, 0.2, 0.09, 0.01]), 10_000
+    drawn = [draw(p, i, 3) if by == "seed" else draw(p, 7, i) for i in range(count)]
+    observed = np.bincount(drawn, minlength=6)[p > 0]
+    chi2 = ((observed - count * p[p > 0]) ** 2 / (count * p[p > 0])).sum()
+    assert chi2 < 4 + 4 * 8**0.5, (chi2, observed)
 
 
-def test_residual_and_log_probabilities() -> None:
-    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.9, 0.1, 0.0])
-    assert residual(p, q).tolist() == [0.0, 1.0, 0.0]
+def test_draws_at_two_positions_know_nothing_of_each_other() -> None:
+    p = np.full(4, 0.25)
+    pairs = np.bincount([4 * draw(p, 1, i) + draw(p, 1, i + 1) for i in range(0, 16_000, 2)], minlength=16)
+    assert ((pairs - 500) ** 2 / 500).sum() < 15 + 4 * 30**0.5
+
+
+def test_alike_distributions_draw_alike() -> None:
+    """As often as the coupling promises: (1 - d) / (1 + d) for a total variation of d."""
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.3, 0.3, 0.4])
+    same = np.mean([draw(p, i, 0) == draw(q, i, 0) for i in range(4000)])
+    assert 0.8 / 1.2 < same <= 0.8 + 0.03
+
+
+def test_log_probabilities() -> None:
     assert np.allclose(np.exp(log_probabilities(logits(0.2, 0.8) + 7)), [0.2, 0.8])
 
 

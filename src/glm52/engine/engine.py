@@ -19,7 +19,7 @@ from glm52.config import GLMConfig
 from glm52.engine.guide import Guide, Marks
 from glm52.engine.matcher import Matcher, Matchers
 from glm52.engine.params import SamplingParams
-from glm52.engine.sampling import Array, distribution, log_probabilities, pick, processed, residual, uniform
+from glm52.engine.sampling import Array, distribution, draw, log_probabilities, processed
 from glm52.engine.scheduler import Scheduler, Work
 from glm52.engine.sequence import Event, Sequence, TokenLogprob
 from glm52.engine.speculate import DraftPolicy
@@ -280,22 +280,15 @@ class Engine:
     def _choose(self, seq: Sequence, logits_W: Array, best: int, depth: int | None) -> tuple[int, bool]:
         """The token at the end of ``seq``, whose likeliest is ``best`` -> it, and whether it is the draft at ``depth``.
 
-        Greedy drafts must be the argmax. Sampled ones are accepted with probability min(1, p/q) and otherwise replaced
-        by a draw from the residual, which keeps the distribution exact. Source: Leviathan et al., 2211.17192.
+        It is chosen as if nothing had been drafted, and a draft that is not it is wrong: whether greedy or drawn, a
+        reply is the same with drafts and without.
         """
-        params, position = seq.params, len(seq.tokens)
-        x = seq.guide.shape(processed(logits_W, params, seq.tokens, len(seq.prompt)))
-        if params.is_greedy:
+        x = seq.guide.shape(processed(logits_W, seq.params, seq.tokens, len(seq.prompt)))
+        if seq.params.is_greedy:
             token = best if x is logits_W else int(np.argmax(x))
-            return token, depth is not None and token == seq.drafts[depth]
-        p = distribution(x, params)
-        if depth is None:
-            return pick(p, uniform(seq.seed, position, "token")), False
-        draft, q = seq.drafts[depth], seq.draft_probabilities[depth]
-        assert q is not None
-        if uniform(seq.seed, position, "accept") * q[draft] < p[draft]:
-            return draft, True
-        return pick(residual(p, q), uniform(seq.seed, position, "residual")), False
+        else:
+            token = draw(distribution(x, seq.params), seq.seed, len(seq.tokens))
+        return token, depth is not None and token == seq.drafts[depth]
 
     def _fail(self, seq: Sequence, reason: str) -> Event:
         seq.finish_reason = "error"
@@ -306,7 +299,7 @@ class Engine:
         begins = [w.seq.num_cached for w in work]
         for w in work:
             seq = w.seq
-            seq.drafts, seq.draft_probabilities = [], []
+            seq.drafts = []
             # The newest token has no row yet; rows of rejected drafts lie beyond it and will be overwritten.
             seq.num_cached = min(seq.num_cached + w.count, len(seq.tokens) - 1)
         if self.num_drafts:
@@ -365,7 +358,7 @@ class Engine:
         if seqs and depth and all(self._is_plain(seq) for seq in seqs):
             drafts = self.model.propose(h_TD, tokens_T, spans, self.cache, last_S, depth).tolist()
             for seq, tokens in zip(seqs, drafts, strict=True):
-                seq.drafts, seq.draft_probabilities = tokens, [None] * depth
+                seq.drafts = tokens
             return
         z_SD, selection = self.model.extend(h_TD, tokens_T, spans, self.cache, last_S)
         if seqs and depth:
@@ -395,14 +388,10 @@ class Engine:
         position = len(seq.tokens) + len(seq.drafts)
         before = seq.tokens + seq.drafts if seq.params.is_shifted else seq.tokens
         x = seq.guide.shape(processed(logits_W, seq.params, before, len(seq.prompt)))
-        if seq.params.is_greedy:
-            token, q = int(np.argmax(x)), None
-        else:
-            q = distribution(x, seq.params)
-            token = pick(q, uniform(seq.seed, position, "draft"))
+        greedy = seq.params.is_greedy
+        token = int(np.argmax(x)) if greedy else draw(distribution(x, seq.params), seq.seed, position)
         seq.guide.follow(token)
         seq.drafts.append(token)
-        seq.draft_probabilities.append(q)
         return token
 
 

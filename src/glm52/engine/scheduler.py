@@ -101,4 +101,4 @@ class Scheduler:
             self.waiting.remove(seq)
         self.pages.release(seq.pages)
         seq.pages, seq.num_cached = [], 0
-        seq.drafts, seq.draft_probabilities = [], []
+        seq.drafts = []

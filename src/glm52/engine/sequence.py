@@ -6,7 +6,6 @@ from typing import Literal
 
 from glm52.engine.guide import Closed, Guide
 from glm52.engine.params import SamplingParams
-from glm52.engine.sampling import Array
 from glm52.tokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition", "grammar"]
@@ -47,7 +46,7 @@ class Event:
 class Sequence:
     """State of one request. num_cached: leading tokens whose rows are in the pool. num_cached_tokens: prompt
     tokens that a shared prefix saved. page_names: what its full pages are called on disk, as far as they were needed.
-    drafts: proposed continuations, with the distributions they were drawn from (None when greedy). stop_string: the one
+    drafts: proposed continuations. stop_string: the one
     that ended the reply. prompt_logprobs: if asked for, one for each prompt token that is computed; the first has none.
     """
 
@@ -64,7 +63,6 @@ class Sequence:
     num_cached: int = 0
     num_cached_tokens: int = 0
     drafts: list[int] = field(default_factory=list)
-    draft_probabilities: list[Array | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     held_text: str = ""
     stop_string: str | None = None
