@@ -226,6 +226,7 @@ def write_checkpoint(
         temporary = folder / f".{file}.partial"
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.replace(folder / file)
+    (folder / INDEX).unlink(missing_ok=True)  # of what lay here before
     if len(shards) > 1:
         weight_map = {name: file for file, tensors in zip(names, shards, strict=True) for name in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -89,7 +89,7 @@ def test_a_killed_run_resumes_bit_for_bit(shards: Shards, tmp_path: Path) -> Non
 
 def test_the_indexer_stage_trains_nothing_else(shards: Shards, tmp_path: Path) -> None:
     stage = Stage(name="indexer", tokens=64 * 2, mixture={"text": 1.0}, window=32, batch_tokens=64, micro_tokens=64,
-                  trainable="indexer", distill_every=1, warmup_steps=1, router_bias_lr=0.0)  # fmt: skip
+                  trainable="indexer", distill_every=1, warmup_steps=1)  # fmt: skip
     trainer = Trainer(Recipe(name="t", config=tiny_config(), stages=(stage,)), shards, tmp_path, compiled=False)
     before = {n: p.clone() for n, p in trainer.model.state_dict().items()}
     metrics = run(trainer)

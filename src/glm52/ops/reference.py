@@ -69,8 +69,9 @@ def index_scores(q_TXI: Tensor, w_TX: Tensor, keys_NI: Tensor) -> Tensor:
     sum over heads of w * relu(q . k / sqrt(I)). Leading batch dimensions broadcast. Source: DeepSeek-V3.2 report, 2.1.
     """
     q, k = wide(q_TXI), wide(keys_NI)
-    dots = torch.einsum("...txi,...ni->...txn", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("...tx,...txn->...tn", wide(w_TX), F.relu(dots))
+    with torch.autocast("cpu", enabled=False):
+        dots = torch.einsum("...txi,...ni->...txn", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("...tx,...txn->...tn", wide(w_TX), F.relu(dots))
 
 
 def select_rows(q_TXI: Tensor, w_TX: Tensor, keys_NI: Pool, spans: Spans, G: int) -> Tensor:

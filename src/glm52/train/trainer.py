@@ -217,11 +217,13 @@ class Trainer:
 
     @torch.no_grad()
     def _balance_router(self, lr: float) -> None:
-        """Raise the bias of experts below the mean load, lower it above. Source: DeepSeek-V3 report, 2.1.2."""
+        """Raise the bias of experts below the mean load, lower it above, where the stage trains the layer. Source:
+        DeepSeek-V3 report, 2.1.2."""
         routers = [m for m in self.model.modules() if isinstance(m, Router)]
         parallel.sum_over_processes([r.load_E for r in routers])
         for router in routers:
-            router.e_score_correction_bias += lr * (router.load_E.mean() - router.load_E).sign()
+            if router.weight.requires_grad:
+                router.e_score_correction_bias += lr * (router.load_E.mean() - router.load_E).sign()
             router.load_E.zero_()
 
     def _enter_stage(self) -> None:
