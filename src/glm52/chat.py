@@ -332,7 +332,8 @@ class ReplyParser:
 
     thinking: the prompt ended inside ``<think>``. tools: OpenAI-style definitions; without any, calls are plain text.
     Content is stripped like the template strips it; reasoning is verbatim. Values of string type stream as they arrive,
-    others when complete.
+    others when complete. verbatim: content is held to a form, so it is passed on to the letter; calls come before it or
+    not at all.
     """
 
     def __init__(
@@ -341,13 +342,14 @@ class ReplyParser:
         *,
         thinking: bool,
         new_id: Callable[[], str] | None = None,
+        verbatim: bool = False,
     ) -> None:
         definitions = [t.get("function", t) for t in tools or []]
         self._schemas = {d["name"]: d.get("parameters") or {} for d in definitions}
         self._new_id = new_id or (lambda: ids.new_id("call_", 24))
         self._buffer = ""
         self._state = self._opening if thinking else self._content
-        self._closed = False
+        self._closed, self._verbatim = False, verbatim
         self._space = ""
         self._has_content = False
         self._index = -1
@@ -405,8 +407,8 @@ class ReplyParser:
         return self._content if marker else None
 
     def _content(self) -> Run:
-        markers = (THINK, END_THINK, CALL) if self._schemas else (THINK, END_THINK)
-        text, marker = self._until(*markers)
+        calls = (CALL,) if self._schemas and not (self._verbatim and self._has_content) else ()
+        text, marker = self._until(*calls) if self._verbatim else self._until(THINK, END_THINK, *calls)
         yield from self._emit(text)
         if marker == CALL:
             self._name = ""
@@ -418,6 +420,10 @@ class ReplyParser:
 
     def _emit(self, text: str) -> Generator[Delta, None, None]:
         """Content without white space at either end of the reply: white space waits until text follows it."""
+        if self._verbatim:
+            self._has_content |= bool(text)
+            yield from [ContentDelta(text)] if text else []
+            return
         text = self._space + text
         kept = text.rstrip()
         self._space = text[len(kept) :]

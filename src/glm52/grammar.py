@@ -179,7 +179,9 @@ class _Rules:
 
 
 def _call(rules: _Rules, name: str, parameters: Any) -> str:
-    return f"{_quoted(name)} {_arguments(rules, name, parameters if isinstance(parameters, Mapping) else {})}"
+    """Without parameters there are none, which is what OpenAI says of leaving them out."""
+    schema = parameters if isinstance(parameters, Mapping) else {"properties": {}}
+    return f"{_quoted(name)} {_arguments(rules, name, schema)}"
 
 
 def _arguments(rules: _Rules, tool: str, parameters: Schema) -> str:

@@ -297,6 +297,7 @@ def test_blocks_of_every_kind_are_seen(script: Script, http: httpx.Client) -> No
     ("path", "fields", "param"),
     [
         ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": 5}]}]}, "messages.0.content.0.content"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "summary": 5}, {"type": "function_call"}]}, "input"),
         ("/v1/chat/completions", {"tools": [{"type": "function", "function": {"description": "d"}}]}, "tools.0.function.name"),
         ("/v1/chat/completions", {"tools": [{"function": {"name": "f", "parameters": 5}}]}, "tools.0.function.parameters"),
         ("/v1/chat/completions", {"tools": [{"function": {"name": "f"}}], "tool_choice": {"type": "function", "function": "g"}}, "tool_choice"),
@@ -305,6 +306,22 @@ def test_blocks_of_every_kind_are_seen(script: Script, http: httpx.Client) -> No
 def test_what_has_the_wrong_shape_is_named(http: httpx.Client, path: str, fields: Any, param: str) -> None:
     reply = http.post(path, json={"messages": USER, "max_tokens": 9, **fields})
     assert reply.status_code == 400 and param in reply.text, reply.text
+
+
+def test_refusals_are_what_was_said(script: Script, http: httpx.Client) -> None:
+    for said in ({"content": [{"type": "refusal", "refusal": "no way"}]}, {"content": None, "refusal": "no way"}):
+        turns = [*USER, {"role": "assistant", **said}, *USER]
+        assert http.post("/v1/chat/completions", json={"messages": turns, "max_tokens": 9}).status_code == 200
+        assert "</think>no way<|user|>" in script.prompts[-1]
+
+
+def test_line_ends_of_unicode_end_no_line_of_an_event(script: Script, http: httpx.Client) -> None:
+    script.text = "</think>a\u2028b\u2029c\x85d"
+    body = {"messages": USER, "max_tokens": 99, "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    said = "".join(c["delta"].get("content") or "" for e in events for c in e["choices"])
+    assert said == "a\u2028b\u2029c\x85d"
 
 
 def test_tools_are_shown_as_the_client_wrote_them(script: Script, http: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 or a reason to end: never a 500."""
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 
 from glm52.engine import AsyncEngine
 from tests.scripted import ScriptedModel, random_logits
-from tests.serving import USER, asgi, scripted_service
+from tests.serving import USER, asgi, ask, running, scripted_service
 
 NO_END = {"$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}}}
 SCHEMAS: list[Any] = [
@@ -86,6 +87,26 @@ TOO_FAR: list[Any] = [
     {"temperature": 2.1}, {"repetition_penalty": 1e308}, {"logit_bias": {"5": 1e308}}, {"logit_bias": {"5": -101}},
     {"top_p": -5e-324}, {"logprobs": True, "top_logprobs": 1 << 70}, {"max_tokens": 0}, {"presence_penalty": 2.1},
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [" yes ", "a</think>b", "a <think> b", "<tool_call>f</tool_call>"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", ["choice", "schema"])
+def test_what_is_held_to_a_form_comes_to_the_letter(text: str, stream: bool, form: str) -> None:
+    """Markers and white space are text there; with calls possible, too."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    schema = {"type": "object", "properties": {"t": {"const": text}}, "required": ["t"], "additionalProperties": False}
+    fields = as_schema(schema, strict=True)[1] if form == "schema" else {"guided_choice": [text]}
+    backend = AsyncEngine(ScriptedModel(random_logits(1, {"<tool_call>": -50.0})).engine())
+    try:
+        with running(scripted_service(backend)) as url, httpx.Client(base_url=url) as client:
+            for tools in ({}, {"tools": [tool]}) if form == "schema" else ({},):
+                said = ask(
+                    client, "chat", "x", max_tokens=200, stream=stream, thinking={"type": "disabled"}, **fields, **tools
+                )
+                assert (json.loads(said.content)["t"] if form == "schema" else said.content) == text
+    finally:
+        backend.close()
 
 
 def test_numbers_at_the_ends_of_their_ranges_are_harmless() -> None:

@@ -45,7 +45,7 @@ WEATHER = tool("weather", {
                                              "required": ["x"], "additionalProperties": False}}})  # fmt: skip
 PING = tool("ping", {})
 NOTE = tool("note", {"a": {"type": "string"}}, additionalProperties={"type": "integer"})
-FREE = {"name": "free"}
+FREE = {"name": "free", "parameters": {}}
 TOOLS = [WEATHER, PING, NOTE, FREE]
 
 
@@ -70,6 +70,12 @@ TOOLS = [WEATHER, PING, NOTE, FREE]
 )  # fmt: skip
 def test_calls(text: str, is_right: bool) -> None:
     assert accepts(Grammar.tool_calls(TOOLS), text) is is_right
+
+
+def test_a_tool_without_parameters_has_no_arguments() -> None:
+    for function in ({"name": "f"}, {"name": "f", "parameters": None}):
+        grammar = Grammar.tool_calls([{"type": "function", "function": function}], "required")
+        assert accepts(grammar, call("f")) and not accepts(grammar, call("f", a="1"))
 
 
 def test_an_argument_is_given_once() -> None:

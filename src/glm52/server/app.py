@@ -219,7 +219,9 @@ def create_app(service: Service) -> Starlette:
         *page.ROUTES, Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi),
         Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),
     ]  # fmt: skip
-    handled: tuple[type[Exception], ...] = (RequestError, CapacityError, HTTPException, ClientDisconnect, Exception)
+    handled: tuple[type[Exception], ...] = (
+        RequestError, CapacityError, HTTPException, ClientDisconnect, RecursionError, Exception,
+    )  # fmt: skip
     app = Starlette(routes=routes, exception_handlers={kind: _on_error for kind in handled})
     app.state.service = service
     return app

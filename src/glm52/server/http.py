@@ -20,6 +20,8 @@ from glm52.server.service import Call
 logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# What httpx and others take for the end of a line; in JSON, and so in events, they stand in strings alone.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _LOOK_S = 1.0  # between two looks at the clock
 
 
@@ -64,7 +66,8 @@ def sse(frames: Iterable[Frame]) -> bytes:
     for name, data in frames:
         text = data if isinstance(data, str) else encoded(data)
         out.append(f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n")
-    return "".join(out).encode("utf-8", "replace")
+    said = "".join(out)
+    return (said if said.isascii() else said.translate(_LINE_ENDS)).encode("utf-8", "replace")
 
 
 def as_request_error(error: BaseException) -> RequestError:

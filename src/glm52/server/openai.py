@@ -141,8 +141,15 @@ def _message(message: _Message) -> Json:
     reasoning = out.pop("reasoning", None)
     if isinstance(reasoning, str):
         out.setdefault("reasoning_content", reasoning)
+    refusal = out.pop("refusal", None)
     if isinstance(out.get("content"), list):
-        out["content"] = [p | {"type": "text"} if "text" in p else p for p in out["content"]]
+        texts = [p.get("text", p.get("refusal")) for p in out["content"]]
+        out["content"] = [
+            {"type": "text", "text": text} if isinstance(text, str) else p
+            for p, text in zip(out["content"], texts, strict=True)
+        ]  # fmt: skip
+    elif isinstance(refusal, str):
+        out["content"] = out.get("content") or refusal
     return out
 
 

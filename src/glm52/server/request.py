@@ -72,6 +72,7 @@ def sampling(body: Sampling, defaults: Defaults, *, coding: bool = False, **more
     given = {name: getattr(body, name) for name in Sampling.model_fields}
     own = {n: defaults[n] for n in ("temperature", "top_p", "top_k") if defaults.get(n) is not None}
     known = own | (CODING_SAMPLING if coding else {}) | {k: v for k, v in given.items() if v is not None}
+    known |= {"top_k": 0} if known.get("top_k") == -1 else {}  # vLLM's way to say all
     return SamplingParams(**known, **{k: v for k, v in more.items() if v is not None})
 
 
@@ -164,7 +165,11 @@ class Answer:
         self.request, self.prompt, self.index = request, prompt, index
         self._thinks = request.prompts is None and request.thinking.enabled
         callable_tools = None if request.tool_choice.kind == "none" else request.tools
-        self._parser = ReplyParser(callable_tools, thinking=self._thinks) if request.prompts is None else None
+        self._parser = (
+            ReplyParser(callable_tools, thinking=self._thinks, verbatim=request.structure is not None)
+            if request.prompts is None
+            else None
+        )
         self._context_length = context_length
         self.deltas: list[Delta] = []
         self.text, self.reasoning = "", ""

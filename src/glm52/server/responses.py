@@ -112,7 +112,9 @@ def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, list[str]]:
         elif not tool.name:
             raise RequestError(f"tools.{i}.name: Field required", param=f"tools.{i}.name")
         else:
-            function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters or {}}
+            function: Json = {"name": tool.name, "description": tool.description or ""}
+            if tool.parameters is not None:
+                function["parameters"] = tool.parameters
             kept.append({"type": "function", "function": function})
     return kept or None, skipped
 
@@ -205,7 +207,9 @@ def _reasoning(item: Json) -> str:
         except (binascii.Error, UnicodeDecodeError):
             pass  # another server's, or cut off: the other places remain
     for place in ("content", "summary"):
-        texts = [p["text"] for p in item.get(place) or [] if isinstance(p, dict) and isinstance(p.get("text"), str)]
+        found = item.get(place)
+        parts = found if isinstance(found, list) else []
+        texts = [p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)]
         if texts:
             return "".join(texts)
     return ""
@@ -393,7 +397,7 @@ def _copy(item: Json) -> Json:
 def usage_payload(usage: Usage) -> Json:
     cached, reasoning = usage_details(usage)
     return {
-        "input_tokens": usage.prompt_tokens, "input_tokens_details": cached,
+        "input_tokens": usage.prompt_tokens, "input_tokens_details": cached | {"cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens, "output_tokens_details": reasoning,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }  # fmt: skip
