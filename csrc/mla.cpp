@@ -213,7 +213,9 @@ void pair_queries(const MlaArgs& a, bf16* to) {
 // Sixteen rows of the selection from i on where the unit can load them: as they lie if they do so in a row.
 const bf16* sixteen_rows(const MlaArgs& a, size_t i, bf16* scratch) {
   const size_t stride = a.layout.stride();
-  if (i + UNIT <= a.count && a.ids[i + UNIT - 1] - a.ids[i] == UNIT - 1) return row_of<bf16>(a, i);
+  bool in_a_row = i + UNIT <= a.count;  // each of them: pages may lie in any order
+  for (size_t r = 1; in_a_row && r < UNIT; ++r) in_a_row = a.ids[i + r] == a.ids[i] + static_cast<int32_t>(r);
+  if (in_a_row) return row_of<bf16>(a, i);
   for (size_t r = 0; r < UNIT; ++r) {
     const bf16 *row = row_of<bf16>(a, i + r), *later = row_of<bf16>(a, i + UNIT + r);
     for (size_t z = 0; z < stride; z += PIECE) {

@@ -84,6 +84,21 @@ def test_bits_do_not_depend_on_chunk_or_threads(fmt: str, cache: Any) -> None:
         assert torch.equal(forward(native, tokens(), chunk)[0], whole)
 
 
+@pytest.mark.parametrize("fmt", ["f32", "bf16"])
+@torch.inference_mode()
+def test_bits_do_not_depend_on_where_pages_lie(fmt: str) -> None:
+    """Selected rows that begin and end as if they lay in a row, and do not."""
+    native, page = NativeGLM(random_model(tiny_config(index_topk=24)), fmt, threads=2), 16
+    pages, positions = -(-LENGTH // page), torch.arange(LENGTH)
+    whole = forward(native, tokens(), LENGTH)[0]
+    for seed in range(20):
+        table = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
+        rows = table[positions // page] * page + positions % page
+        where = torch.stack((positions, rows, torch.zeros_like(rows)))
+        spans = Spans(where_3T=where, tables_SP=table.to(torch.int32)[None], page_size=page)
+        assert torch.equal(native.logits(native(tokens(), spans, native.new_cache(pages * page))), whole)
+
+
 def quantized_reference(model: GLM, fmt: str) -> GLM:
     """The reference with the weights that the native model holds after quantisation, in fp32."""
     soft = {"int4": "int8", "fp8": "bf16"}.get(fmt, fmt)
