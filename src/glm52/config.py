@@ -17,6 +17,14 @@ DENSE, SPARSE = "dense", "sparse"
 CACHE_GROUP = 128  # values of an FP8 cache row that share a scale
 
 
+# Keys that would change what is computed, and the one value that this package computes.
+_ONLY = {
+    "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "rope_scaling": None,
+    "rope_interleave": True, "indexer_rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class GLMConfig:
     """A ``glm_moe_dsa`` model. Fields are config.json's keys; see ``from_dict`` for how missing ones are derived."""
@@ -170,6 +178,9 @@ class GLMConfig:
         if data.get("model_type") != "glm_moe_dsa":
             raise ConfigError(f"model_type: expected 'glm_moe_dsa', found {data.get('model_type')!r}; "
                               "this package runs GLM-5, 5.1 and 5.2 only")  # fmt: skip
+        for name, only in _ONLY.items():
+            if data.get(name, only) not in (only, None):
+                raise ConfigError(f"{name}: expected {only!r}, which is what GLM-5 computes, found {data[name]!r}")
         merged = dict(data)
         merged.setdefault("n_routed_experts", data.get("num_experts"))
         merged["rope_theta"] = _rope_theta(data)
@@ -280,6 +291,8 @@ def _indexer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
     else:
         freq = data.get("index_topk_freq")
         offset = data.get("index_skip_topk_offset")
+        if freq is not None and (not isinstance(freq, int) or freq < 1):
+            raise ConfigError(f"index_topk_freq: expected an integer >= 1, found {freq!r}")
         types = _by_frequency(layers, 1 if freq is None else freq, 2 if offset is None else offset)
     if len(types) != layers or set(types) - {FULL, SHARED}:
         raise ConfigError(f"indexer_types: expected {layers} times 'full' or 'shared', found {len(types)} entries "
@@ -293,7 +306,7 @@ def _mlp_layer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
     layers = _layers(data)
     explicit = data.get("mlp_layer_types")
     if explicit is None:
-        dense = data.get("first_k_dense_replace", 0)
+        dense = data.get("first_k_dense_replace") or 0
         return tuple(DENSE if i < dense else SPARSE for i in range(layers))
     types = tuple(explicit)
     if len(types) != layers or set(types) - {DENSE, SPARSE}:

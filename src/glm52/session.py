@@ -12,9 +12,9 @@ from glm52 import __version__, ops
 from glm52.cache import CacheFormat
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
-from glm52.engine import Engine
+from glm52.engine import Engine, SamplingParams
 from glm52.engine.store import Store
-from glm52.errors import RequestError
+from glm52.errors import CheckpointError, RequestError
 from glm52.load import load_for_inference
 from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
@@ -83,7 +83,14 @@ class Session:
 def generation_defaults(folder: Path) -> dict[str, Any]:
     """A folder's generation_config.json."""
     file = folder / "generation_config.json"
-    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = dict(json.loads(file.read_text("utf-8")))
+        SamplingParams(**{k: found[k] for k in ("temperature", "top_p", "top_k") if found.get(k) is not None})
+    except (ValueError, TypeError, RequestError) as error:
+        raise CheckpointError(f"{file}: expected a JSON object with numbers for sampling ({error})") from error
+    return found
 
 
 def _weights(folder: Path) -> str:

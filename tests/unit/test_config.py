@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from glm52.config import GLMConfig
-from glm52.errors import ConfigError
+from glm52.errors import CheckpointError, ConfigError
 from glm52.hub import NANO
 from glm52.inspect import describe, render
+from glm52.session import generation_defaults
 
 PRESETS = Path(NANO).parent / "presets"
 FULL_52 = (0, 1, 2, *range(6, 75, 4))
@@ -106,3 +107,27 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
         GLMConfig.read(tmp_path)
     with pytest.raises(ConfigError, match=r"glm-5\.2"):
         GLMConfig.preset("glm-9")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scoring_func", "softmax"), ("hidden_act", "gelu"), ("tie_word_embeddings", True), ("attention_bias", True),
+     ("rope_scaling", {"type": "yarn"}), ("rope_interleave", False), ("moe_layer_freq", 2)],
+)  # fmt: skip
+def test_what_would_be_computed_otherwise_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=key):
+        GLMConfig.from_dict(official(**{key: value}))
+
+
+def test_schedules_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="index_topk_freq"):
+        GLMConfig.from_dict(official(indexer_types=..., index_topk_freq=0))
+    dense = GLMConfig.from_dict(official(mlp_layer_types=..., first_k_dense_replace=None))
+    assert set(dense.mlp_layer_types) == {"sparse"}
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1]", '{"temperature": "a"}', '{"top_p": 5}'])
+def test_damaged_defaults_of_sampling_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        generation_defaults(tmp_path)
