@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"glm52 {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -111,13 +111,13 @@ class Fake:
             if body.get("n_probs"):
                 top = [{"id": i, "logprob": p} for i, p in ((7, -0.25), (token, -1.5))]
                 event["completion_probabilities"] = [{"id": token, "logprob": -1.5, "top_logprobs": top}]
-            return "" if is_part and body["stream"] else f"data: {json.dumps(event)}\n\n"
+            return "" if is_part and body["stream"] else f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
         choice = {"text": text, "finish_reason": None} | ({"token_ids": [token]} if self.kind == "vllm" else {})
         if body.get("logprobs") is not None and self.fault != "unscored":
             name = (lambda i: f"token_id:{i}") if self.kind == "vllm" else lambda i: TOKENIZER.decode([i])
             top = {name(token): -1.5, name(7): -0.25}
             choice["logprobs"] = {"tokens": [name(token)], "token_logprobs": [-1.5], "top_logprobs": [top]}
-        return f"data: {json.dumps({'choices': [choice]})}\n\n"
+        return f"data:{json.dumps({'choices': [choice]}, ensure_ascii=False)}\r\n\r\n"
 
     def _end(self, reason: str) -> str:
         if self.kind == "llamacpp":
@@ -125,7 +125,7 @@ class Fake:
             return f"data: {json.dumps({'content': '', 'stop': True, 'stop_type': kind})}\n\n"
         usage = {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": 2 * len(self.bodies)}}}
         choices = {"choices": [{"text": "", "finish_reason": reason}]}
-        return f"data: {json.dumps(choices)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
+        return f"data: {json.dumps(choices)}\n\ndata: {json.dumps(usage)}\n\ndata:[DONE]\n\n"
 
 
 def gateway(url: str, **options: Any) -> Service:
@@ -231,7 +231,7 @@ def test_hanging_up_cancels_upstream(fake: tuple[Fake, httpx.Client]) -> None:
 def test_characters_of_several_tokens(fake: tuple[Fake, httpx.Client], stream: bool) -> None:
     """Also where upstream is asked for one token, and that is a part of a character; then it must name it."""
     upstream, client = fake
-    upstream.answer = "簾, 😀!"
+    upstream.answer = "簾, 😀\u2028\x85!"
     assert len(TOKENIZER.encode(upstream.answer)) > len(upstream.answer)
     said = ask(client, "chat", "Hi", max_tokens=100, stream=stream)
     assert said.content == upstream.answer and len(upstream.bodies) == 1

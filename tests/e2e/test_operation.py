@@ -22,7 +22,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from glm52 import ops
+from glm52 import cli, ops
 from glm52.engine import AsyncEngine, SamplingParams
 from glm52.errors import RequestError
 from glm52.hub import NANO
@@ -93,6 +93,29 @@ def test_half_sent_headers_hinder_nobody(url: str) -> None:
             slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
             slow.sendall(b"POST /v1/messages HTTP/1.1\r\nhost:")
         assert httpx.post(url + CHAT, json=BODY, headers=HEADERS).status_code == 200
+
+
+def test_a_wish_to_upgrade_is_left_unheard(url: str) -> None:
+    """Java's client asks for HTTP/2 with every request; the body counts, and what comes behind it."""
+    host, port = url.removeprefix("http://").split(":")
+    key = b"".join(f"{k}: {v}\r\n".encode() for k, v in HEADERS.items())
+    upgrade = key + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+    body = b'{"prompt": "hi"}'
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\n" + upgrade + b"content-length: %d\r\n\r\n" % len(body))
+        client.sendall(body + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        reply = b""
+        while b'"status"' not in reply and (piece := client.recv(1 << 16)):
+            reply += piece
+    assert reply.count(b"HTTP/1.1 200") == 2 and b'"tokens"' in reply, reply
+
+
+@pytest.mark.parametrize(
+    "option", [["--max-seqs", "0"], ["--max-waiting", "-1"], ["--deadline", "0"], ["--deadline", "nan"]]
+)
+def test_bounds_under_which_nothing_could_be_served(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", *option]) == 2
+    assert option[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("begin", [b"GET /health HTTP/1.1\r\nx: ", b"GET /", b"POST /health HTTP/1.1\r\nhost: x\r\n"])

@@ -168,6 +168,8 @@ async def model(request: Request) -> Response:
     service: Service = request.app.state.service
     _client(request)
     name = request.path_params["name"]
+    if not name:
+        return await models(request)
     service.check_model(name)
     return JSONResponse(openai.model_payload(name, service.created, service.context_length))
 

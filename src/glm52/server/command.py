@@ -69,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--prefix-cache-size: expected --prefix-cache too; without it nothing is kept")
     if args.stream_every is not None and not 0 <= args.stream_every <= 1000:
         raise RequestError(f"--stream-every: expected 0 to 1000 milliseconds, found {args.stream_every:g}")
+    if args.max_seqs < 1 or args.max_waiting < 0:
+        raise RequestError(f"--max-seqs, --max-waiting: expected at least 1 and 0, found {args.max_seqs} and "
+                           f"{args.max_waiting}")  # fmt: skip
+    if args.deadline is not None and not 0 < args.deadline < float("inf"):
+        raise RequestError(f"--deadline: expected seconds, found {args.deadline:g}")
     listener = _bind(args.host, args.port)
     for note in foreign.notes(args):
         print(f"glm52 serve: {note}", file=sys.stderr)
@@ -76,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
     options = Options(
         keys=keys, limits=limits, neutralise=not args.verbatim, mode=args.mode, log_prompts=args.log_prompts
     )
-    service = _gateway(args, options) if args.upstream else _engine(args, options)
+    service = _engine(args, options) if args.upstream is None else _gateway(args, options)
     # A full collection of all that is loaded takes a tenth of a second, in which no stream moves. It stays anyway.
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
     Server(service).run(sockets=[listener])
     if isinstance(service.backend, AsyncEngine):

@@ -1,7 +1,8 @@
 """The HTTP server under the application: how long a connection may say nothing, and what becomes of all at the end.
 
-uvicorn alone waits for ever for the head of a request, which may be of any length, and told to stop it hangs up on
-those that were about to ask.
+uvicorn alone waits for ever for the head of a request, and told to stop it hangs up on those that were about to ask.
+Its other protocol, httptools, ends a request at its head where a client would like to upgrade (Java's does), and does
+not see a hang-up behind a second request.
 """
 
 import asyncio
@@ -12,33 +13,11 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from glm52.server.app import create_app
 from glm52.server.service import Service
 
 _GRACE_S = 0.5  # from closing the door to hanging up: a request that is on its way is told 503
-_MAX_HEAD = 1 << 16  # bytes of a request's line and headers; trailers too
-
-
-class _Connection(HttpToolsProtocol):
-    """Refuses what is neither body nor ever ends: the parser takes any number of bytes."""
-
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_bytes > _MAX_HEAD and not self.transport.is_closing():
-            self.send_400_response(f"the head of a request may have {_MAX_HEAD} bytes")
-
-    def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._head_bytes = 0
-        super().on_message_complete()
 
 
 class Server(uvicorn.Server):
@@ -50,7 +29,7 @@ class Server(uvicorn.Server):
         patience = int(self._limits.drain_s) + 5
         super().__init__(
             uvicorn.Config(
-                create_app(service), http=_Connection, ws="none", log_level="warning", access_log=False,
+                create_app(service), http="h11", ws="none", log_level="warning", access_log=False,
                 timeout_graceful_shutdown=patience,
             )
         )  # fmt: skip

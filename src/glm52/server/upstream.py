@@ -12,7 +12,7 @@ top_k, which cut before it). Log probabilities are the upstream's own; those of 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,14 +201,15 @@ class Upstream:
             async with client.stream("POST", self.url + path, json=body) as reply:
                 if reply.status_code != 200:
                     _check_status(reply.status_code, (await reply.aread()).decode("utf-8", "replace"))
-                async for line in reply.aiter_lines():
-                    if line.startswith("data: [DONE]"):
+                async for line in _lines(reply):
+                    said = line if line.startswith("{") else line.partition(":")[2].strip()
+                    if said == "[DONE]":
                         break
                     if line.startswith(("data:", "error:", "{")):
-                        piece = parse(line if line.startswith("{") else line.partition(":")[2])
+                        piece = _parsed(parse, said)
                         # What ends a reply is told on, once the line after it may have told of the cache.
                         if last is not None:
-                            last.num_cached = piece.num_cached
+                            last.num_cached = last.num_cached if piece.num_cached is None else piece.num_cached
                         elif piece.finish is not None:
                             last = piece
                         else:
@@ -263,12 +264,36 @@ def _seed(seq: Sequence) -> Json:
     return {} if seq.params.seed is None else {"seed": seq.params.seed + len(seq.output)}
 
 
+async def _lines(reply: httpx.Response) -> AsyncIterator[str]:
+    """Those that end with a line feed: httpx ends lines at characters, too, that JSON may hold as they are."""
+    rest = b""
+    async for part in reply.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace").rstrip("\r")
+    if rest:
+        yield rest.decode("utf-8", "replace")
+
+
+def _parsed(parse: Callable[[str], Piece], line: str) -> Piece:
+    """RequestError where something is not of the type that it should be."""
+    try:
+        piece = parse(line)
+        if all(isinstance(t, int) and t >= 0 for t in piece.token_ids or ()) and all(
+            isinstance(own, float | int) and isinstance(top, dict) for own, top in piece.logprobs
+        ):
+            return piece
+    except (TypeError, AttributeError, LookupError, ValueError):
+        pass
+    raise _no_event(line)
+
+
 def parse_completion(line: str) -> Piece:
     """A line of OpenAI's text completions. RequestError if it is no such line. Pure."""
     event = _object(line)
     choice = (event.get("choices") or [{}])[0]
     details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
-    finish = choice.get("finish_reason")
+    finish = choice.get("finish_reason") or None
     if finish not in (None, "stop", "length"):
         raise RequestError(f"the upstream server ended the reply: {finish}", status=502, code="upstream_error")
     told = choice.get("logprobs") or {}
@@ -297,12 +322,16 @@ def _object(line: str) -> Json:
     except ValueError:
         event = None
     if not isinstance(event, dict):
-        raise RequestError(f"the upstream server sent what is no event: {line.strip()[:80]!r}", status=502,
-                           code="upstream_garbage")  # fmt: skip
+        raise _no_event(line)
     if error := event.get("error"):
         said = error.get("message", error) if isinstance(error, dict) else error
         raise RequestError(f"the upstream server failed: {said}", status=502, code="upstream_error")
     return event
+
+
+def _no_event(line: str) -> RequestError:
+    said = f"the upstream server sent what is no event: {line.strip()[:80]!r}"
+    return RequestError(said, status=502, code="upstream_garbage")
 
 
 def _check_status(status: int, body: str) -> None:
@@ -326,6 +355,6 @@ def _named(url: str) -> Iterator[None]:
                            code="upstream_timeout") from error  # fmt: skip
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise RequestError(f"the connection to {url} broke ({error})", status=502, code="upstream_cut") from error
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise RequestError(f"what answers at {url} is no server of this kind ({error})", status=502,
                            code="upstream_garbage") from error  # fmt: skip
