@@ -33,12 +33,15 @@ def validated(kind: type[Model], body: Any) -> Model:
     """A decoded JSON body as ``kind``; RequestError names the field at fault."""
     if not isinstance(body, dict):
         raise RequestError(f"expected a JSON object, found {type(body).__name__}")
+    given = {k: v for k, v in body.items() if v is not None}
     try:
-        return kind.model_validate({k: v for k, v in body.items() if v is not None})
+        return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = _where(first["loc"], body, first["type"] == "missing")
-        raise RequestError(f"{where}: {first['msg']}", param=where) from error
+        errors = error.errors()
+        # Of a union's branches, the one that fits furthest is the one that was meant.
+        worst = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+        where = _where(worst["loc"], given, worst["type"] == "missing")
+        raise RequestError(f"{where}: {worst['msg']}", param=where) from error
 
 
 def _where(location: Sequence[int | str], body: Any, is_missing: bool) -> str:
