@@ -1,8 +1,9 @@
 """What a task is: a generator of questions with reference replies, and a scorer of any reply.
 
 A task knows messages, not engines or tokens. Training reads ``messages + target``; evaluation shows ``messages`` to a
-model, parses what comes back and asks ``score``. Operands and phrasings are split once, by hash, into train and test:
-no test operand and no test phrasing is ever seen in training.
+model, parses what comes back and asks ``score``. Operands of arithmetic beyond one digit are split once, by hash, into
+train and test, and so are phrasings; no such test operand is ever seen in training. Where there is little to draw from
+(small functions, words, small talk), whole questions of the test split occur in training: ``docs/nano.md`` says how many.
 """
 
 import random

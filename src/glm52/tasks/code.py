@@ -133,4 +133,4 @@ class WhatPrints:
         )  # fmt: skip
 
     def score(self, example: Example, reply: Reply) -> float:
-        return float(reply.content.strip() == example.answer)
+        return float(reply.content.strip() == example.answer.strip())

@@ -1,4 +1,4 @@
-"""Word lists the generators draw from. The last tenth of a list is kept for the test split (see ``draw``).
+"""Word lists the generators draw from. ``draw`` keeps the last tenth of a list for the test split, ``draw_many`` nothing.
 
 The lists are short enough to be learned by heart, and then nothing is copied: so training also sees coined words.
 """
