@@ -51,6 +51,7 @@ def test_draws_are_a_function_of_seed_and_position_and_never_the_impossible(seed
     p = np.array([0.0, 0.5, 0.0, 0.5, 0.0])
     assert draw(p, seed, position) == draw(p, seed, position) in (1, 3)
     assert draw(np.eye(5)[2], seed, position) == 2
+    assert draw(np.array([5e-324, 1.0]), seed, position) == 1
 
 
 @pytest.mark.parametrize("by", ["seed", "position"])

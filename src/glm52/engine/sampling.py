@@ -64,7 +64,8 @@ def draw(p_W: Array, seed: int, position: int) -> int:
     is what makes a draft right that was drawn likewise. Source: Daliri et al., 2408.07978.
     """
     ids = np.flatnonzero(p_W)
-    return int(ids[np.argmin(_exponentials(seed, position, ids) / p_W[ids])])
+    with np.errstate(over="ignore"):  # what has next to no probability never comes
+        return int(ids[np.argmin(_exponentials(seed, position, ids) / p_W[ids])])
 
 
 def _exponentials(seed: int, position: int, ids: NDArray[np.int64]) -> Array:
