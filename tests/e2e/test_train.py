@@ -4,6 +4,7 @@ import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,15 @@ def test_a_killed_run_resumes_bit_for_bit(shards: Shards, tmp_path: Path) -> Non
     loaded = load(tmp_path / "whole" / "two")
     expected_bf16 = whole.model.lm_head.weight.detach().bfloat16()
     assert torch.equal(loaded.lm_head.weight, expected_bf16.to(loaded.dtype))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"trainable": "indexer", "distill_every": 2}, {"trainable": "mtp", "mtp_weight": 0.0}]
+)
+def test_a_stage_that_could_train_nothing_is_named(shards: Shards, tmp_path: Path, fields: dict[str, Any]) -> None:
+    stage = Stage(name="idle", tokens=64, mixture={"text": 1.0}, window=32, batch_tokens=64, micro_tokens=64, **fields)
+    with pytest.raises(ConfigError, match="idle"):
+        Trainer(Recipe(name="t", config=tiny_config(), stages=(stage,)), shards, tmp_path, compiled=False)
 
 
 def test_the_indexer_stage_trains_nothing_else(shards: Shards, tmp_path: Path) -> None:

@@ -236,6 +236,10 @@ class Trainer:
                 f"stage {stage.name}: batch_tokens {stage.batch_tokens} is not a multiple of window {stage.window} "
                 f"x {parallel.world_size()} processes"
             )
+        if stage.trainable == "indexer" and stage.distill_every != 1:
+            raise ConfigError(f"stage {stage.name}: indexers alone learn from distillation, so distill_every must be 1")
+        if stage.trainable == "mtp" and (self.model.mtp is None or not stage.mtp_weight > 0):
+            raise ConfigError(f"stage {stage.name}: the MTP layer alone needs one, and mtp_weight above 0")
         if stage.start and not self.step_in_stage:
             self._start_from(stage.start)
         self.model.index_topk, self.model.cache_format = stage.index_topk, stage.cache_format
