@@ -167,3 +167,8 @@ def likelihood(model: GLM, tokenizer: Tokenizer, context: str, continuation: str
         logp_TW = model.logits(h_TD[begin - 1 : -1]).float().log_softmax(-1)
     said = torch.tensor(ids[begin:])
     return float(logp_TW.gather(1, said[:, None]).sum()), bool((logp_TW.argmax(1) == said).all())
+
+
+def test_a_client_that_was_asked_for_and_is_not_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["agent-check", "openai", "kilo", "--python", "/nonexistent/python"]) == 1
+    assert capsys.readouterr().out.count("not run") == 2

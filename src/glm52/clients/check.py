@@ -88,4 +88,6 @@ def run(args: argparse.Namespace) -> int:
             is_sdk = name in probes.CLIENTS
             rows.append(check_sdk(name, args.python, on) if is_sdk else check_npm(name, args.npm.absolute(), on))
     print(matrix(rows))
-    return int(any(verdict == "fail" for row in rows for verdict, _ in row.cells.values()))
+    has_failed = any(verdict == "fail" for row in rows for verdict, _ in row.cells.values())
+    absent = [row for row in rows if row.missing]
+    return int(has_failed or len(absent) == len(rows) or bool(args.clients and absent))
