@@ -19,9 +19,7 @@ Piece codes_of(const Panels& b, size_t first, size_t begin, size_t end, size_t g
     const uint8_t* from = b.step(first + p, begin, group);
     uint8_t* to = scratch + p * panel_size + begin % whole * F::vectors * 64;
     for (size_t s = begin; s < end; ++s, from += b.stride, to += F::vectors * 64) {
-      Codes w[F::vectors];
-      F::load(from, of_group, w);
-      for (size_t v = 0; v < F::vectors; ++v) w[v].store(to + v * 64);
+      for (size_t v = 0; v < F::vectors; ++v) F::load(from, of_group, v).store(to + v * 64);
     }
   }
   before_tile_loads();

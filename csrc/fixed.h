@@ -49,6 +49,8 @@ struct FixedTile {
     for (size_t t = 0; t < n; ++t) out[t] -= factor * before[t];
   }
 
+  static size_t place(size_t k) { return EVEN_FIRST ? (k & ~size_t{3}) | (k & 1) << 1 | (k >> 1 & 1) : k; }
+
   // One token's stretch, the rest of it zero.
   void put(size_t s, size_t token, const float* x, size_t n) const {
     alignas(64) int16_t integers[STRETCH];
@@ -61,7 +63,8 @@ struct FixedTile {
     }
     uint8_t* to = stretch(s);
     if (!PLANES) {
-      std::memcpy(to + token * token_bytes, integers, sizeof integers);
+      auto* placed = reinterpret_cast<int16_t*>(to + token * token_bytes);
+      for (size_t k = 0; k < STRETCH; ++k) placed[place(k)] = integers[k];
       return;
     }
     for (size_t i = 0; i < STRETCH; i += TOGETHER) {
@@ -88,11 +91,10 @@ inline void add_steps(const Panels& b, const uint8_t* const* panel, size_t steps
   const bool ahead = b.ahead && fetches_ahead<P>();
   for (size_t at = 0; at < bytes; at += stride) {
     if (ahead) fetch_ahead<P, P * F::bytes>(panel[0] + at);
-    Codes w[P][F::vectors];
-    for (int p = 0; p < P; ++p) F::load(panel[p] + at, groups[p], w[p]);
     for (size_t v = 0; v < F::vectors; ++v, x += step) {
-      for (size_t t = 0; t < T; ++t) {
-        for (int p = 0; p < P; ++p) sums[p][t].add(w[p][v], x + t * token, STRETCH * T);
+      for (int p = 0; p < P; ++p) {
+        const Codes w = F::load(panel[p] + at, groups[p], v);
+        for (size_t t = 0; t < T; ++t) sums[p][t].add(w, x + t * token, STRETCH * T);
       }
     }
   }
@@ -116,7 +118,10 @@ inline void multiply_fixed(const Panels& b, size_t first, const FixedTile& x, F1
     }
     if (b.ahead && fetches_ahead<P>() && e.closes)
       fetch_ahead<P, P * PANEL * sizeof(float)>(reinterpret_cast<const uint8_t*>(scales[0]));
-    Dots sums[P][T] = {};
+    Dots sums[P][T];
+    for (int p = 0; p < P; ++p) {
+      for (int t = 0; t < T; ++t) sums[p][t] = Dots::zero();
+    }
     for (size_t begin = e.begin, end; begin < e.end; begin = end) {
       end = std::min((begin / whole + 1) * whole, e.end);
       const uint8_t* panel[P];
@@ -152,11 +157,11 @@ void by_vectors(const Panels& b, const FixedTile& x, float* out) {
     case 1:
       return fixed_of<F, 4, 1>(b, x, out);
     case 2:
-      return fixed_of<F, 4, 2>(b, x, out);
+      return fixed_of<F, FEW_REGISTERS ? 2 : 4, 2>(b, x, out);
     case 3:
-      return fixed_of<F, 4, 3>(b, x, out);
+      return fixed_of<F, FEW_REGISTERS ? 1 : 4, 3>(b, x, out);
     case 4:
-      return fixed_of<F, 2, 4>(b, x, out);
+      return fixed_of<F, FEW_REGISTERS ? 1 : 2, 4>(b, x, out);
     default:
       return fixed_of<F, 2, 5>(b, x, out);
   }

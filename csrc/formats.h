@@ -1,5 +1,5 @@
-// Decoders. A step of a panel becomes two vectors of pairs, values 0 and 1, values 2 and 3 of each row, in bfloat16, or
-// in the integer formats codes of a byte. Scales are applied to the sum of a group.
+// Decoders. A step of a panel becomes sixteen pairs of bfloat16, values 0 and 1 of each row, then sixteen of values 2
+// and 3, or in the integer formats codes of a byte. Scales are applied to the sum of a group.
 #pragma once
 
 #include <array>
@@ -9,20 +9,31 @@
 
 namespace NS {
 
+#if defined(__AVX512F__)
 struct Step {
   Pairs pairs[2];
 };
+#endif
 
 struct BF16 {
-  using Activation = bf16;
+  using Activation = Rounded;
   using Decoded = BF16;
   static constexpr Format format = Format::bf16;
   static constexpr size_t values = STEP, bytes = 128;  // of a step
   static constexpr bool scaled = false;
+#if defined(__AVX512F__)
   static Step load(const uint8_t* p) {
     const auto* q = reinterpret_cast<const bf16*>(p);
     return {{Pairs::load(q), Pairs::load(q + 2 * LANES)}};
   }
+#else
+  using Scratch = struct {};
+  static const uint8_t* decoded(const uint8_t* p, Scratch&) { return p; }
+  // Value k of each row.
+  static F16 column(const uint8_t* p, size_t k) {
+    return F16::of_pairs(reinterpret_cast<const bf16*>(p) + k / 2 * 2 * LANES, k % 2);
+  }
+#endif
 };
 
 // The same layout with scales: a panel of another format that was decoded into scratch.
@@ -30,14 +41,6 @@ struct ScaledBF16 : BF16 {
   using Decoded = ScaledBF16;
   static constexpr bool scaled = true;
 };
-
-// Portable decoding, the definition of each format: 64 values as bfloat16.
-template <class Decode>
-inline Step decode(Decode value) {
-  bf16 out[4 * LANES];
-  for (size_t i = 0; i < 4 * LANES; ++i) narrow(value(i), out[i]);
-  return {{Pairs::load(out), Pairs::load(out + 2 * LANES)}};
-}
 
 // E4M3 without infinities; the NaN code decodes to 480, which no valid checkpoint holds.
 constexpr float e4m3_magnitude(unsigned code) {
@@ -61,15 +64,15 @@ struct E4M3Halves {
 };
 
 // One byte a value, placed as ``byte_place`` says. With AVX-512 both halves of the bfloat16 are looked up, 64 at a
-// time.
+// time; with AVX2 they are computed, 32 at a time, and looked up only where a value is subnormal.
 struct FP8 {
-  using Activation = bf16;
+  using Activation = Rounded;
   using Decoded = ScaledBF16;
   static constexpr Format format = Format::fp8;
   static constexpr size_t values = STEP, bytes = 64;
   static constexpr bool scaled = true;
-#if defined(__AVX512VBMI__)
   static constexpr E4M3Halves halves = {};
+#if defined(__AVX512F__)
   static Step load(const uint8_t* p) {
     const __m512i x = _mm512_loadu_si512(p);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(halves.low), x, _mm512_load_si512(halves.low + 64));
@@ -78,13 +81,52 @@ struct FP8 {
     const __m512i with_sign = _mm512_ternarylogic_epi64(high, x, _mm512_set1_epi8(-128), 0xf8);  // high | (x & 0x80)
     return {{{_mm512_unpacklo_epi8(low, with_sign)}, {_mm512_unpackhi_epi8(low, with_sign)}}};
   }
-#else
-  static Step load(const uint8_t* p) {
-    return decode([&](size_t i) {
-      const uint8_t code = p[byte_place(i)];
-      return code & 128 ? -e4m3_magnitude(code & 127) : e4m3_magnitude(code);
-    });
+  static void decode(const uint8_t* p, uint8_t* to) {
+    const Step step = load(p);
+    std::memcpy(to, &step, sizeof step);
   }
+#else
+  using Scratch = uint8_t[BF16::bytes];
+  static const uint8_t* decoded(const uint8_t* p, Scratch& to) {
+    decode(p, to);
+    return to;
+  }
+  static constexpr auto column = BF16::column;
+#if defined(__AVX2__)
+  static void decode(const uint8_t* p, uint8_t* to) {
+    for (size_t half = 0; half < 2; ++half, p += 32, to += 32) {
+      __m256i low, high;
+      halves_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), low, high);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi8(low, high));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + BF16::bytes / 2), _mm256_unpackhi_epi8(low, high));
+    }
+  }
+  // The bytes of 32 values: sign, exponent + 120, mantissa; the exponent's last bit is in the low one.
+  static void halves_of(__m256i x, __m256i& low, __m256i& high) {
+    const auto first_eight = [](const uint8_t* table) {
+      int64_t bytes;
+      std::memcpy(&bytes, table, sizeof bytes);
+      return _mm256_set1_epi64x(bytes);
+    };
+    const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi8(0x7f));
+    const __m256i subnormal = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
+    low = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi8(0x0f)), 4);
+    high = _mm256_srli_epi16(_mm256_and_si256(x, _mm256_set1_epi8(0x70)), 4);
+    high = _mm256_add_epi8(high, _mm256_set1_epi8(120 / 2));
+    low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(first_eight(halves.low), magnitude), subnormal);
+    high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(first_eight(halves.high), magnitude), subnormal);
+    high = _mm256_or_si256(high, _mm256_and_si256(x, _mm256_set1_epi8(-128)));
+  }
+#else
+  static void decode(const uint8_t* p, uint8_t* to) {
+    for (size_t i = 0; i < STEP * LANES; ++i) {
+      const uint8_t code = p[byte_place(i)];
+      bf16 value;
+      narrow(code & 128 ? -e4m3_magnitude(code & 127) : e4m3_magnitude(code), value);
+      std::memcpy(to + i * sizeof value, &value, sizeof value);
+    }
+  }
+#endif
 #endif
 };
 
@@ -100,7 +142,7 @@ struct Integers {
   static constexpr int offset = OFFSET;
   static constexpr size_t values = STEP, vectors = 1, bytes = 64;
   static constexpr bool scaled = true;
-  static void load(const uint8_t* p, const Group&, Codes* out) { *out = Codes::load(p); }
+  static Codes load(const uint8_t* p, const Group&, size_t) { return Codes::load(p); }
 };
 
 using INT8 = Integers<INT8_OFFSET>;
@@ -108,10 +150,9 @@ using INT8 = Integers<INT8_OFFSET>;
 struct INT4 : Integers<INT4_OFFSET> {
   static constexpr Format format = Format::int4;
   static constexpr size_t values = INT4_STEP, vectors = 2;
-  static void load(const uint8_t* p, const Group&, Codes* out) {
+  static Codes load(const uint8_t* p, const Group&, size_t vector) {
     const Codes both = Codes::load(p);
-    out[0] = both.low_half();
-    out[1] = both.high_half();
+    return vector ? both.high_half() : both.low_half();
   }
 };
 
@@ -123,10 +164,8 @@ struct INT4Zeros : INT4 {
     Codes zeros;
   };
   static Group group(const float* scales) { return {Codes::of_rows(reinterpret_cast<const uint8_t*>(scales + PANEL))}; }
-  static void load(const uint8_t* p, const Group& group, Codes* out) {
-    INT4::load(p, {}, out);
-    out[0] = out[0] + group.zeros;
-    out[1] = out[1] + group.zeros;
+  static Codes load(const uint8_t* p, const Group& group, size_t vector) {
+    return INT4::load(p, {}, vector) + group.zeros;
   }
 };
 
@@ -136,6 +175,9 @@ struct F32 {
   static constexpr Format format = Format::f32;
   static constexpr size_t values = STEP, bytes = 256;
   static constexpr bool scaled = false;
+  using Scratch = struct {};
+  static const uint8_t* decoded(const uint8_t* p, Scratch&) { return p; }
+  static F16 column(const uint8_t* p, size_t k) { return F16::load(reinterpret_cast<const float*>(p) + k * LANES); }
 };
 
 }  // namespace NS

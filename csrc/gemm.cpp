@@ -48,13 +48,12 @@ Panels decode_block(const Matrix& w, size_t first, Buffer<uint8_t>& to) {
     for (const size_t end = std::min(s + b.group_steps, b.steps); s < end;
          ++s, out += vectors * count * Decoded::bytes) {
       for (size_t p = 0; p < count; ++p) {
+        const uint8_t* step = b.step(p, s, g);
         if constexpr (F::format == Format::fp8) {
-          const Step step = F::load(b.step(p, s, g));
-          std::memcpy(out + p * sizeof step, &step, sizeof step);
+          F::decode(step, out + p * Decoded::bytes);
         } else {
-          Codes codes[vectors];
-          F::load(b.step(p, s, g), F::group(b.scales(p, g)), codes);
-          for (size_t v = 0; v < vectors; ++v) codes[v].store(out + (v * count + p) * Decoded::bytes);
+          const auto group = F::group(b.scales(p, g));
+          for (size_t v = 0; v < vectors; ++v) F::load(step, group, v).store(out + (v * count + p) * Decoded::bytes);
         }
       }
     }
@@ -231,7 +230,7 @@ auto with_rounding(Rounding r, Of of) {
     case Rounding::f32:
       return of(static_cast<float*>(nullptr));
     case Rounding::bf16:
-      return of(static_cast<bf16*>(nullptr));
+      return of(static_cast<Rounded*>(nullptr));
     default:
       return of(static_cast<Fixed*>(nullptr));
   }

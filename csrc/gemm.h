@@ -10,6 +10,36 @@
 
 namespace NS {
 
+// Adds a step of P panels times T tokens, of W in the tile: by its four columns, widened to floats.
+template <class F, int P, int T, int W>
+inline void add_columns(const uint8_t* const (&step)[P], const typename F::Activation* x, F16 (&sums)[P][T]) {
+  typename F::Scratch scratch[P];
+  const uint8_t* w[P];
+  for (int p = 0; p < P; ++p) w[p] = F::decoded(step[p], scratch[p]);
+  for (size_t k = 0; k < STEP; ++k) {
+    for (int p = 0; p < P; ++p) {
+      const F16 column = F::column(w[p], k);
+      for (int t = 0; t < T; ++t) sums[p][t].fma(column, F16::all(widen(x[k * W + t])));
+    }
+  }
+}
+
+// The same by pairs of bfloat16.
+template <class F, int P, int T, int W>
+inline void add_pairs([[maybe_unused]] const uint8_t* const (&step)[P], [[maybe_unused]] const Rounded* x,
+                      [[maybe_unused]] F16 (&sums)[P][T]) {
+#if defined(__AVX512F__)
+  Step w[P];
+  for (int p = 0; p < P; ++p) w[p] = F::load(step[p]);
+  for (int half = 0; half < 2; ++half) {
+    for (int t = 0; t < T; ++t) {
+      const Pairs b = Pairs::all(x + (half * W + t) * 2);
+      for (int p = 0; p < P; ++p) Pairs::dot(sums[p][t], w[p].pairs[half], b);
+    }
+  }
+#endif
+}
+
 // out[p][t] = sum over k of panel `first + p` [row, k] * x[k, t], one row in each lane. k runs upwards in one chain for
 // each element, whatever P and T are; formats with scales close a chain at the end of every group. x is tiled for W.
 template <class F, int P, int T, int W = T>
@@ -36,25 +66,12 @@ inline void multiply(const Panels& b, size_t first, const typename F::Activation
       } else if (ahead) {
         fetch_ahead<P, P * F::bytes>(panel[0] + at);
       }
-      if constexpr (F::format == Format::f32) {
-        for (size_t k = 0; k < STEP; ++k) {
-          F16 w[P];
-          for (int p = 0; p < P; ++p) w[p] = F16::load(reinterpret_cast<const float*>(panel[p] + at) + k * LANES);
-          for (int t = 0; t < T; ++t) {
-            const F16 b = F16::all(x[k * W + t]);
-            for (int p = 0; p < P; ++p) acc[p][t].fma(w[p], b);
-          }
-        }
-      } else {
-        Step w[P];
-        for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + at);
-        for (int half = 0; half < 2; ++half) {
-          for (int t = 0; t < T; ++t) {
-            const Pairs b = Pairs::all(x + (half * W + t) * 2);
-            for (int p = 0; p < P; ++p) Pairs::dot(acc[p][t], w[p].pairs[half], b);
-          }
-        }
-      }
+      const uint8_t* step[P];
+      for (size_t p = 0; p < P; ++p) step[p] = panel[p] + at;
+      if constexpr (PAIRS && F::format != Format::f32)
+        add_pairs<F, P, T, W>(step, x, acc);
+      else
+        add_columns<F, P, T, W>(step, x, acc);
     }
     for (size_t p = 0; p < P; ++p) {
       for (int t = 0; t < T; ++t) {
@@ -74,6 +91,14 @@ void product_of(const Panels& b, const typename F::Activation* x, float* out) {
                                             [&](size_t at, F16(&y)[P][T]) { multiply<F, P, T, W>(b, at, x, y); });
 }
 
+// Half of the tokens at a time: the other half finds the weights in a cache.
+template <class F, int P, int T>
+void product_in_halves(const Panels& b, const typename F::Activation* x, float* out) {
+  constexpr size_t half = T / 2, word = PAIRS && F::format != Format::f32 ? 2 : 1;
+  product_of<F, P, half, T>(b, x, out);
+  product_of<F, P, half, T>(b, x + half * word, out + half * LANES);
+}
+
 // As many accumulators as registers hold; the sums of groups, where there are any, may live in memory.
 template <class F>
 void product(const Panels& b, size_t width, const typename F::Activation* x, float* out) {
@@ -81,21 +106,21 @@ void product(const Panels& b, size_t width, const typename F::Activation* x, flo
     case 1:
       return product_of<F, 4, 1>(b, x, out);
     case 2:
-      return product_of<F, 4, 2>(b, x, out);
+      return product_of<F, FEW_REGISTERS ? 2 : 4, 2>(b, x, out);
     case 4:
-      return product_of<F, 4, 4>(b, x, out);
+      return product_of<F, FEW_REGISTERS ? 1 : 4, 4>(b, x, out);
     case 8:
-      if constexpr (F::scaled) {
-        return product_of<F, 2, 8>(b, x, out);
-      } else {
-        // Half of the tokens at a time: memory is read as it lies, and the other half finds it in a cache. What must be
-        // decoded is decoded once.
-        constexpr size_t HALF = 4, word = F::format == Format::f32 ? 1 : 2;
-        product_of<F, 4, HALF, 8>(b, x, out);
-        return product_of<F, 4, HALF, 8>(b, x + HALF * word, out + HALF * LANES);
-      }
+      if constexpr (FEW_REGISTERS)
+        return product_in_halves<F, 1, 8>(b, x, out);
+      else if constexpr (F::scaled)
+        return product_of<F, 2, 8>(b, x, out);  // what must be decoded is decoded once
+      else
+        return product_in_halves<F, 4, 8>(b, x, out);  // memory is read as it lies
     default:
-      return product_of<F, 2, 12>(b, x, out);
+      if constexpr (FEW_REGISTERS)
+        return product_in_halves<F, 1, 12>(b, x, out);
+      else
+        return product_of<F, 2, 12>(b, x, out);
   }
 }
 

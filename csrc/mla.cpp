@@ -12,45 +12,73 @@
 namespace NS {
 namespace {
 
-// What differs between pools of float and of bfloat16: 32 values of a row against 32 of a query, and of two rows.
-struct Float {
-  using Value = float;
-  static void dot(F16& sum, const float* row, const float* q) {
-    sum.fma(F16::load(row), F16::load(q));
-    sum.fma(F16::load(row + LANES), F16::load(q + LANES));
+// What differs between pools of float and of bfloat16. ROW_PAD values of a row are two vectors, of queries too; which
+// values are in which is a set's own matter.
+
+// Sixteen values as floats.
+inline F16 half_of(const float* row, size_t i) { return F16::load(row + i * LANES); }
+#if !defined(__AVX512F__)
+// Those at even places, or at odd ones.
+inline F16 half_of(const bf16* row, size_t i) { return F16::of_pairs(row, i); }
+#endif
+
+// Where pairs are not multiplied as they are, and for floats everywhere.
+template <class V, class Q>
+struct ByFloats {
+  using Value = V;
+  using Query = Q;
+  static void dot(F16& sum, const V* row, const Q* q) {
+    for (size_t i = 0; i < 2; ++i) sum.fma(half_of(row, i), F16::load(q + i * LANES));
   }
-  struct Two {
-    F16 a[2], b[2];
-    Two(const float* x, const float* y)
-        : a{F16::load(x), F16::load(x + LANES)}, b{F16::load(y), F16::load(y + LANES)} {}
-    void add(F16& low, F16& high, const float* p) const {
-      const F16 first = F16::all(p[0]), second = F16::all(p[1]);
-      low.fma(a[0], first);
-      high.fma(a[1], first);
-      low.fma(b[0], second);
-      high.fma(b[1], second);
+  // Adds rows x and y, times p[h][0] and p[h][1], to sums of each head.
+  template <size_t H>
+  static void add(const V* x, const V* y, const Q* p, size_t stride, F16 (&sums)[H][2]) {
+    for (size_t row = 0; row < 2; ++row) {
+      for (size_t i = 0; i < 2; ++i) {
+        const F16 values = half_of(row ? y : x, i);
+        for (size_t h = 0; h < H; ++h) sums[h][i].fma(values, F16::all(widen(p[h * stride + row])));
+      }
     }
-  };
+  }
+};
+
+struct Float : ByFloats<float, float> {
+  static void round_query(const float* x, size_t n, float* q) { narrow(x, n, q); }
   static void store(F16 low, F16 high, float* out) {
     low.store(out);
     high.store(out + LANES);
   }
 };
 
+#if defined(__AVX512F__)
 struct Half {
   using Value = bf16;
+  using Query = bf16;
   static void dot(F16& sum, const bf16* row, const bf16* q) { Pairs::dot(sum, Pairs::load(row), Pairs::load(q)); }
-  struct Two {
+  template <size_t H>
+  static void add(const bf16* x, const bf16* y, const bf16* p, size_t stride, F16 (&sums)[H][2]) {
     Pairs low, high;
-    Two(const bf16* x, const bf16* y) { Pairs::interleave(x, y, low, high); }
-    void add(F16& l, F16& h, const bf16* p) const {
-      const Pairs both = Pairs::all(p);
-      Pairs::dot(l, low, both);
-      Pairs::dot(h, high, both);
+    Pairs::interleave(x, y, low, high);
+    for (size_t h = 0; h < H; ++h) {
+      const Pairs both = Pairs::all(p + h * stride);
+      Pairs::dot(sums[h][0], low, both);
+      Pairs::dot(sums[h][1], high, both);
     }
-  };
+  }
+  static void round_query(const float* x, size_t n, bf16* q) { narrow(x, n, q); }
   static void store(F16 low, F16 high, float* out) { Pairs::store_interleaved(low, high, out); }
 };
+#else
+struct Half : ByFloats<bf16, Rounded> {
+  static void round_query(const float* x, size_t n, Rounded* q) {
+    for (size_t k = 0; k < n; ++k) narrow(x[k], q[k / ROW_PAD * ROW_PAD + k % 2 * LANES + k % ROW_PAD / 2]);
+  }
+  static void store(F16 even, F16 odd, float* out) { F16::store_pairs(even, odd, out); }
+};
+#endif
+
+// Heads that are computed together at most.
+constexpr size_t MOST_HEADS = FEW_REGISTERS ? 2 : 8;
 
 // Sums of 32 columns, from `column` on, as a head's output.
 template <class E>
@@ -66,20 +94,22 @@ const V* row_of(const MlaArgs& a, size_t i) {
   return static_cast<const V*>(a.rows) + a.ids[std::min(i, a.count - 1)] * a.layout.stride();
 }
 
-// Query of a head as the rows' type, padded like a row.
-template <class V>
-void load_query(const MlaArgs& a, size_t head, V* to) {
-  narrow(a.q_latent + head * a.layout.latent, a.layout.latent, to);
-  narrow(a.q_rope + head * a.rope_stride, a.layout.rotary, to + a.layout.latent);
-  const size_t n = a.layout.latent + a.layout.rotary;
-  std::memset(to + n, 0, (a.layout.stride() - n) * sizeof(V));
+// Query of a head, padded like a row.
+template <class E>
+void load_query(const MlaArgs& a, size_t head, typename E::Query* to) {
+  static thread_local Buffer<float> scratch;
+  float* q = scratch.reserve(a.layout.stride());
+  float* rotary = std::copy_n(a.q_latent + head * a.layout.latent, a.layout.latent, q);
+  float* end = std::copy_n(a.q_rope + head * a.rope_stride, a.layout.rotary, rotary);
+  std::fill(end, q + a.layout.stride(), 0.0f);
+  E::round_query(q, a.layout.stride(), to);
 }
 
 // scores[h][i] = scale * q[h] . row i
 template <class E, size_t H>
-void score_heads(const MlaArgs& a, const typename E::Value* q, size_t begin, size_t end, float* scores) {
+void score_heads(const MlaArgs& a, const typename E::Query* q, size_t begin, size_t end, float* scores) {
   using Value = typename E::Value;
-  constexpr size_t ROWS = H == 8 ? 2 : 4, FETCHED = 8;  // rows scored together, and fetched ahead
+  constexpr size_t ROWS = H == MOST_HEADS ? 2 : 4, FETCHED = 8;  // rows scored together, and fetched ahead
   const size_t stride = a.layout.stride(), padded = a.padded();
   for (size_t i = begin; i < end; i += ROWS) {
     const Value *row[ROWS], *later[ROWS];
@@ -105,23 +135,19 @@ void score_heads(const MlaArgs& a, const typename E::Value* q, size_t begin, siz
   }
 }
 
-// Calls of<H>(h) for all heads, eight at a time as long as there are.
-template <class Of>
-void by_heads(size_t heads, Of of) {
-  size_t h = 0;
-  for (; h + 8 <= heads; h += 8) of(std::integral_constant<int, 8>(), h);
-  for (; h + 4 <= heads; h += 4) of(std::integral_constant<int, 4>(), h);
-  for (; h + 2 <= heads; h += 2) of(std::integral_constant<int, 2>(), h);
-  for (; h < heads; ++h) of(std::integral_constant<int, 1>(), h);
+// Calls of<H>(h) for all heads, as many at a time as may be.
+template <size_t H = MOST_HEADS, class Of>
+void by_heads(size_t heads, Of of, size_t h = 0) {
+  for (; h + H <= heads; h += H) of(std::integral_constant<size_t, H>(), h);
+  if constexpr (H > 1) by_heads<H / 2>(heads, of, h);
 }
 
 template <class E>
 void score_as(const MlaArgs& a, size_t begin, size_t end, float* scores) {
-  using Value = typename E::Value;
-  static thread_local Buffer<Value> queries;
+  static thread_local Buffer<typename E::Query> queries;
   const size_t stride = a.layout.stride();
-  Value* q = queries.reserve(a.heads * stride);
-  for (size_t h = 0; h < a.heads; ++h) load_query(a, h, q + h * stride);
+  auto* q = queries.reserve(a.heads * stride);
+  for (size_t h = 0; h < a.heads; ++h) load_query<E>(a, h, q + h * stride);
   by_heads(a.heads,
            [&](auto H, size_t h) { score_heads<E, H()>(a, q + h * stride, begin, end, scores + h * a.padded()); });
 }
@@ -138,7 +164,7 @@ float highest(const float* s, size_t count) {
   return most;
 }
 
-// Probabilities as the rows' own type; returns what is left to multiply the sums with.
+// Probabilities, rounded; returns what is left to multiply the sums with.
 template <class V>
 float soften_as(float* s, size_t count, size_t padded, V* p) {
   const float largest = highest(s, count);
@@ -151,32 +177,29 @@ float soften_as(float* s, size_t count, size_t padded, V* p) {
 }
 
 // Heads' sums of BLOCKS times 32 columns from `column` on, all in registers.
-template <class E, int H, size_t BLOCKS>
-void mix_columns(const MlaArgs& a, const typename E::Value* p, const float* inverse, size_t column, float* out) {
+template <class E, size_t H, size_t BLOCKS>
+void mix_columns(const MlaArgs& a, const typename E::Query* p, const float* inverse, size_t column, float* out) {
   using Value = typename E::Value;
   const size_t padded = a.padded();
-  F16 acc[H][BLOCKS][2];
-  for (auto& of_head : acc) {
-    for (auto& of_block : of_head) of_block[0] = of_block[1] = F16::zero();
+  F16 acc[BLOCKS][H][2];
+  for (auto& of_block : acc) {
+    for (auto& of_head : of_block) of_head[0] = of_head[1] = F16::zero();
   }
   for (size_t i = 0; i < a.count; i += 2) {
     const Value *x = row_of<Value>(a, i) + column, *y = row_of<Value>(a, i + 1) + column;
-    for (size_t b = 0; b < BLOCKS; ++b) {
-      const typename E::Two two(x + b * ROW_PAD, y + b * ROW_PAD);
-      for (int h = 0; h < H; ++h) two.add(acc[h][b][0], acc[h][b][1], p + h * padded + i);
-    }
+    for (size_t b = 0; b < BLOCKS; ++b) E::add(x + b * ROW_PAD, y + b * ROW_PAD, p + i, padded, acc[b]);
   }
-  for (int h = 0; h < H; ++h) {
+  for (size_t h = 0; h < H; ++h) {
     for (size_t b = 0; b < BLOCKS; ++b)
-      put<E>(a, acc[h][b][0], acc[h][b][1], inverse[h], column + b * ROW_PAD, out + h * a.layout.latent);
+      put<E>(a, acc[b][h][0], acc[b][h][1], inverse[h], column + b * ROW_PAD, out + h * a.layout.latent);
   }
 }
 
-template <class E, int H>
-void mix_heads(const MlaArgs& a, const typename E::Value* p, const float* inverse, size_t begin, size_t end,
+template <class E, size_t H>
+void mix_heads(const MlaArgs& a, const typename E::Query* p, const float* inverse, size_t begin, size_t end,
                float* out) {
   size_t c = begin;
-  if constexpr (H < 8) {
+  if constexpr (H < MOST_HEADS) {
     for (; c + ROW_PAD < end; c += 2 * ROW_PAD) mix_columns<E, H, 2>(a, p, inverse, c, out);
   }
   for (; c < end; c += ROW_PAD) mix_columns<E, H, 1>(a, p, inverse, c, out);
@@ -184,7 +207,7 @@ void mix_heads(const MlaArgs& a, const typename E::Value* p, const float* invers
 
 template <class E>
 void mix_as(const MlaArgs& a, const Softened& s, size_t begin, size_t end, float* out) {
-  const auto* p = static_cast<const typename E::Value*>(s.p);
+  const auto* p = static_cast<const typename E::Query*>(s.p);
   by_heads(a.heads, [&](auto H, size_t h) {
     mix_heads<E, H()>(a, p + h * a.padded(), s.inverse + h, begin, end, out + h * a.layout.latent);
   });
@@ -204,7 +227,7 @@ void pair_queries(const MlaArgs& a, bf16* to) {
   bf16* row = one.reserve(stride);
   std::memset(to, 0, round_up(a.heads, UNIT) * stride * sizeof(bf16));
   for (size_t h = 0; h < a.heads; ++h) {
-    load_query(a, h, row);
+    load_query<Half>(a, h, row);
     bf16* at = to + h / UNIT * UNIT * stride + h % UNIT * 2;
     for (size_t k = 0; k < stride; k += 2) std::memcpy(at + k * UNIT, row + k, 2 * sizeof(bf16));
   }
@@ -342,7 +365,7 @@ void soften(const MlaArgs& a, size_t begin, size_t end, float* scores, const Sof
     float* of_head = scores + h * padded;
     s.inverse[h] = a.layout.format == Format::f32
                        ? soften_as(of_head, a.count, padded, static_cast<float*>(s.p) + h * padded)
-                       : soften_as(of_head, a.count, padded, static_cast<bf16*>(s.p) + h * padded);
+                       : soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + h * padded);
   }
 }
 

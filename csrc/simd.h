@@ -1,4 +1,4 @@
-// Sixteen floats and sixteen pairs of bfloat16: what every kernel is written against, once, in namespace NS.
+// Sixteen floats, and the few other vectors that every kernel is written against, once, in namespace NS.
 //
 // Each instruction set brings the same few operations. Their rounding may differ between sets; within one set the order
 // of every sum is fixed, so an element's bits never depend on the batch, the tiling or the threads.
@@ -39,6 +39,10 @@ inline void narrow(float x, bf16& out) {
 inline void narrow(float x, float& out) { out = x; }
 
 #if defined(__AVX512F__)
+
+// Pairs of bfloat16 are multiplied as they are.
+constexpr bool PAIRS = true;
+using Rounded = bf16;
 
 struct F16 {
   __m512 v;
@@ -98,11 +102,12 @@ struct Codes {
 };
 
 // Where the 16-bit integers of a stretch lie: all high bytes, then all low ones, both signed.
-constexpr bool PLANES = true;
+constexpr bool PLANES = true, EVEN_FIRST = false;
 
 // Sums of codes times 16-bit integers, for each row: exact while they stay within 32 bits.
 struct Dots {
   __m512i high, low;
+  static Dots zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
   // Four integers: their high bytes at x, the low ones `plane` bytes on.
   void add(Codes w, const uint8_t* x, size_t plane) {
     int32_t h, l;
@@ -117,21 +122,51 @@ struct Dots {
   }
 };
 
-#elif defined(__AVX2__)
+#else
+
+// There are no products of pairs: weights are widened when they are loaded, activations when they are rounded.
+constexpr bool PAIRS = false;
+
+// A float of bfloat16's precision.
+struct Rounded {
+  float value;
+};
+inline float widen(Rounded x) { return x.value; }
+inline void narrow(float x, Rounded& out) {
+  bf16 rounded;
+  narrow(x, rounded);
+  out.value = widen(rounded);
+}
+
+#if defined(__AVX2__)
 
 struct F16 {
   __m256 a, b;
   static F16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F16 all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  static __m256 wide(const bf16* p) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  static F16 load(const Rounded* p) { return load(&p->value); }
+  // The first or the second of sixteen pairs.
+  static F16 of_pairs(const bf16* p, size_t which) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    const __m256i a = _mm256_loadu_si256(q), b = _mm256_loadu_si256(q + 1);
+    const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
+    return which ? F16{_mm256_castsi256_ps(_mm256_and_si256(a, upper)), _mm256_castsi256_ps(_mm256_and_si256(b, upper))}
+                 : F16{_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
   }
-  static F16 load(const bf16* p) { return {wide(p), wide(p + 8)}; }
   void store(float* p) const {
     _mm256_storeu_ps(p, a);
     _mm256_storeu_ps(p + 8, b);
+  }
+  // Sixteen pairs (first, second).
+  static void store_pairs(F16 first, F16 second, float* p) {
+    const auto eight = [](__m256 x, __m256 y, float* to) {
+      const __m256 low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);
+      _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    };
+    eight(first.a, second.a, p);
+    eight(first.b, second.b, p + LANES);
   }
   void fma(F16 x, F16 y) {
     a = _mm256_fmadd_ps(x.a, y.a, a);
@@ -140,40 +175,6 @@ struct F16 {
   friend F16 operator+(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   friend F16 operator*(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
-};
-
-struct Pairs {
-  __m256i a, b;
-  static Pairs load(const bf16* p) {
-    const auto* q = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
-  }
-  static Pairs all(const bf16* p) {
-    int32_t both;
-    std::memcpy(&both, p, sizeof both);
-    return {_mm256_set1_epi32(both), _mm256_set1_epi32(both)};
-  }
-  static __m256 even(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-  static __m256 odd(__m256i x) {
-    return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
-  }
-  static void dot(F16& sum, Pairs x, Pairs y) {
-    sum.a = _mm256_fmadd_ps(odd(x.a), odd(y.a), _mm256_fmadd_ps(even(x.a), even(y.a), sum.a));
-    sum.b = _mm256_fmadd_ps(odd(x.b), odd(y.b), _mm256_fmadd_ps(even(x.b), even(y.b), sum.b));
-  }
-  static void interleave(const bf16* x, const bf16* y, Pairs& low, Pairs& high) {
-    bf16 pairs[64];
-    for (int c = 0; c < 32; ++c) {
-      pairs[2 * c] = x[c];
-      pairs[2 * c + 1] = y[c];
-    }
-    low = load(pairs);
-    high = load(pairs + 32);
-  }
-  static void store_interleaved(F16 low, F16 high, float* p) {
-    low.store(p);
-    high.store(p + 16);
-  }
 };
 
 struct Codes {
@@ -199,24 +200,28 @@ struct Codes {
   }
 };
 
-constexpr bool PLANES = false;  // integers as they are
+// Of four integers the first and third lie together, then the second and fourth: as codes of a byte come out of a mask
+// and a shift.
+constexpr bool EVEN_FIRST = true;
 
 struct Dots {
-  __m256i v[4];  // two sums for each of four rows
+  __m256i a, b;
+  static Dots zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   void add(Codes w, const uint8_t* x, size_t) {
-    int64_t four;
-    std::memcpy(&four, x, sizeof four);
-    const __m256i q = _mm256_set1_epi64x(four);
-    const __m128i rows[4] = {_mm256_castsi256_si128(w.a), _mm256_extracti128_si256(w.a, 1), _mm256_castsi256_si128(w.b),
-                             _mm256_extracti128_si256(w.b, 1)};
-    for (int i = 0; i < 4; ++i) v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(_mm256_cvtepu8_epi16(rows[i]), q));
+    int32_t first, second;
+    std::memcpy(&first, x, sizeof first);
+    std::memcpy(&second, x + sizeof first, sizeof second);
+    const __m256i p = _mm256_set1_epi32(first), q = _mm256_set1_epi32(second), byte = _mm256_set1_epi16(255);
+    const auto four = [&](__m256i w) {
+      return _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(w, byte), p),
+                              _mm256_madd_epi16(_mm256_srli_epi16(w, 8), q));
+    };
+    a = _mm256_add_epi32(a, four(w.a));
+    b = _mm256_add_epi32(b, four(w.b));
   }
   F16 less(int32_t x) const {
-    const auto eight = [&](__m256i p, __m256i q) {
-      const __m256i rows = _mm256_permute4x64_epi64(_mm256_hadd_epi32(p, q), 0xd8);
-      return _mm256_cvtepi32_ps(_mm256_sub_epi32(rows, _mm256_set1_epi32(x)));
-    };
-    return {eight(v[0], v[1]), eight(v[2], v[3])};
+    const __m256i all = _mm256_set1_epi32(x);
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(a, all)), _mm256_cvtepi32_ps(_mm256_sub_epi32(b, all))};
   }
 };
 
@@ -236,7 +241,15 @@ struct F16 {
     for (size_t i = 0; i < LANES; ++i) out.v[i] = widen(p[i]);
     return out;
   }
+  static F16 of_pairs(const bf16* p, size_t which) {
+    F16 out;
+    for (size_t i = 0; i < LANES; ++i) out.v[i] = widen(p[2 * i + which]);
+    return out;
+  }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  static void store_pairs(const F16& first, const F16& second, float* p) {
+    for (size_t i = 0; i < LANES; ++i) p[2 * i] = first.v[i], p[2 * i + 1] = second.v[i];
+  }
   void fma(const F16& a, const F16& b) {
     for (size_t i = 0; i < LANES; ++i) v[i] += a.v[i] * b.v[i];
   }
@@ -254,38 +267,6 @@ struct F16 {
     F16 out;
     for (size_t i = 0; i < LANES; ++i) out.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return out;
-  }
-};
-
-struct Pairs {
-  bf16 v[2 * LANES];
-  static Pairs load(const bf16* p) {
-    Pairs out;
-    std::memcpy(out.v, p, sizeof out.v);
-    return out;
-  }
-  static Pairs all(const bf16* p) {
-    Pairs out;
-    for (size_t i = 0; i < 2 * LANES; ++i) out.v[i] = p[i % 2];
-    return out;
-  }
-  static void dot(F16& sum, const Pairs& a, const Pairs& b) {
-    for (size_t i = 0; i < LANES; ++i) {
-      sum.v[i] += widen(a.v[2 * i]) * widen(b.v[2 * i]);
-      sum.v[i] += widen(a.v[2 * i + 1]) * widen(b.v[2 * i + 1]);
-    }
-  }
-  static void interleave(const bf16* x, const bf16* y, Pairs& low, Pairs& high) {
-    for (size_t c = 0; c < LANES; ++c) {
-      low.v[2 * c] = x[c];
-      low.v[2 * c + 1] = y[c];
-      high.v[2 * c] = x[LANES + c];
-      high.v[2 * c + 1] = y[LANES + c];
-    }
-  }
-  static void store_interleaved(const F16& low, const F16& high, float* p) {
-    low.store(p);
-    high.store(p + LANES);
   }
 };
 
@@ -317,10 +298,11 @@ struct Codes {
   }
 };
 
-constexpr bool PLANES = false;  // integers as they are
+constexpr bool EVEN_FIRST = false;
 
 struct Dots {
   int32_t v[LANES];
+  static Dots zero() { return {}; }
   void add(const Codes& w, const uint8_t* x, size_t) {
     int16_t q[4];
     std::memcpy(q, x, sizeof q);
@@ -333,6 +315,17 @@ struct Dots {
   }
 };
 
+#endif
+
+constexpr bool PLANES = false;  // integers are not cut into bytes
+
+#endif
+
+// Whether sixteen registers hold all: sums of fewer products are kept at a time.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool FEW_REGISTERS = true;
+#else
+constexpr bool FEW_REGISTERS = false;
 #endif
 
 // Lanes added pairwise, always in the same order.
@@ -356,6 +349,12 @@ inline void sum_four(const F16* x, float scale, float* out) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   _mm_storeu_ps(out, _mm_mul_ps(quarter, _mm_set1_ps(scale)));
+#elif defined(__AVX2__)
+  const auto both = [](const F16& x) { return _mm256_add_ps(x.a, x.b); };
+  const __m256 ab = _mm256_hadd_ps(both(x[0]), both(x[1])), cd = _mm256_hadd_ps(both(x[2]), both(x[3]));
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_mul_ps(four, _mm_set1_ps(scale)));
 #else
   for (size_t i = 0; i < 4; ++i) out[i] = sum(x[i]) * scale;
 #endif
@@ -372,6 +371,11 @@ inline void narrow(const float* x, size_t n, bf16* out) {
 #endif
   for (; i < n; ++i) narrow(x[i], out[i]);
 }
+#if !defined(__AVX512F__)
+inline void narrow(const float* x, size_t n, Rounded* out) {
+  for (size_t i = 0; i < n; ++i) narrow(x[i], out[i]);
+}
+#endif
 
 // The nearest integers of at most 16 bits to n values times a power of two, the largest that they allow; returns its
 // inverse. Values below 2^-126 are taken for zero; a value that is not finite makes the inverse NaN.

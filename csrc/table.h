@@ -76,7 +76,8 @@ struct MlaArgs {
   size_t padded() const { return round_up(count, SCORE_PAD); }
 };
 
-// Probabilities p [H, padded], as the rows' type, and what the sums they weigh are multiplied with.
+// Probabilities p [H, padded], rounded like activations of the rows' type, and what the sums they weigh are multiplied
+// with.
 struct Softened {
   void* p;
   float* inverse;
