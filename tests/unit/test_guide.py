@@ -191,13 +191,15 @@ STRUCTURED = st.one_of(
     st.integers(50, 200).map(lambda n: json.dumps([[0.0] * 4] * (n // 4))),
     ROWS.map(lambda rows: "\n".join(f"    if x == {a!r}:\n        return {b!r}" for a, b, _ in rows)),
     st.integers(10, 120).map(lambda n: "=" * n + "\n" + "-" * n + "\n" + "    }\n" * 8),
+    st.integers(10, 30).map(lambda n: json.dumps([[0] * n] * n)),
+    st.integers(100, 500).map(lambda n: "{" + "0x00, " * n + "}"),
 )  # fmt: skip
 
 
 @settings(max_examples=80, deadline=None)
 @given(text=STRUCTURED)
 def test_structured_text_is_no_loop(text: str) -> None:
-    tokens, limits = TOKENIZER.encode(text), Repetition()
+    tokens, limits = TOKENIZER.encode(text), Repetition().in_answers
     assert not any(is_loop(tokens[:n], limits) for n in range(LOOK_EVERY, len(tokens), LOOK_EVERY))
 
 
@@ -205,9 +207,9 @@ def test_structured_text_is_no_loop(text: str) -> None:
 def test_a_reply_that_goes_round_is_stopped(num_drafts: int) -> None:
     prompt = TOKENIZER.encode("<|user|>x<|assistant|>")
     engine = ScriptedModel(always("again and again, ")).engine(num_drafts)
-    params = SamplingParams(temperature=0.0, max_tokens=4000, repetition=Repetition())
+    params = SamplingParams(temperature=0.0, max_tokens=6000, repetition=Repetition())
     seq = generate(engine, [prompt], params)[0]
-    assert seq.finish_reason == "repetition" and 1024 <= len(seq.output) < 1024 + LOOK_EVERY
+    assert seq.finish_reason == "repetition" and 4096 <= len(seq.output) < 4096 + LOOK_EVERY
     free = generate(engine, [prompt], SamplingParams(temperature=0.0, max_tokens=1500))[0]
     assert free.finish_reason == "length"
 

@@ -77,12 +77,41 @@ def test_alike_distributions_draw_alike() -> None:
     assert 0.8 / 1.2 < same <= 0.8 + 0.03
 
 
+@given(
+    x=st.lists(st.integers(-3, 3), min_size=1, max_size=600).map(lambda v: np.array(v, dtype=np.float64)),
+    top_k=st.sampled_from([0, 1, 3, 300, 1000]),
+    top_p=st.sampled_from([0.0, 0.3, 0.95, 1.0]),
+)
+def test_a_nucleus_is_that_of_the_whole_vocabulary_in_order(x: np.ndarray, top_k: int, top_p: float) -> None:
+    order = np.argsort(-x, kind="stable")
+    p = (np.exp(x) / np.exp(x).sum())[order][: top_k or None]
+    kept = np.cumsum(p) - p < top_p * p.sum() * (1 - 1e-12)
+    kept |= top_p == 1.0
+    kept[0] = True
+    given_ = distribution(x, SamplingParams(top_k=top_k, top_p=top_p))
+    assert set(np.flatnonzero(given_)) == set(order[: len(p)][kept])
+
+
 def test_log_probabilities() -> None:
     assert np.allclose(np.exp(log_probabilities(logits(0.2, 0.8) + 7)), [0.2, 0.8])
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", 3.0), ("top_p", -0.1), ("max_tokens", 0), ("logprobs", 21), ("stop", ("",))]
+    ("field", "value"),
+    [
+        ("temperature", 3.0),
+        ("top_p", -0.1),
+        ("max_tokens", 0),
+        ("max_tokens", 2.5),
+        ("top_k", 2.5),
+        ("seed", 1.5),
+        ("logprobs", 21),
+        ("stop", ("",)),
+        ("stop", "abc"),
+        ("stop", ("x" * 1025,)),
+        ("stop", ("x",) * 65),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+    ],
 )
 def test_values_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(RequestError, match=field) as caught:

@@ -19,7 +19,7 @@ from glm52.config import GLMConfig
 from glm52.engine.guide import Guide, Marks
 from glm52.engine.matcher import Matcher, Matchers
 from glm52.engine.params import SamplingParams
-from glm52.engine.sampling import Array, distribution, draw, log_probabilities, processed
+from glm52.engine.sampling import Array, distribution, draw, likeliest, log_probabilities, processed
 from glm52.engine.scheduler import Scheduler, Work
 from glm52.engine.sequence import Event, Sequence, TokenLogprob
 from glm52.engine.speculate import DraftPolicy
@@ -122,17 +122,19 @@ class Engine:
                 f"in {len(prompt)} tokens. Please reduce the length of the messages.",
                 param="messages", code="context_length_exceeded",
             )  # fmt: skip
-        bad = next((t for t in (*prompt, *params.logit_bias) if not 0 <= t < self.model.config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param="prompt"
-            )
+        for name, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
+            bad = next((t for t in ids if not 0 <= t < self.model.config.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param=name
+                )
         max_tokens = min(params.max_tokens, self.context_length - len(prompt))
         seq = Sequence(
             id=self._next_id, prompt=prompt, params=params, tokens=list(prompt), max_tokens=max_tokens,
             seed=new_seed() if params.seed is None else params.seed,
             guide=Guide(params, prompt, max_tokens, self._eos, self._marks, self._matcher(params)),
             detokenizer=self.tokenizer.stream() if self.tokenizer else None,
+            prompt_logprobs=[] if params.prompt_logprobs is None else [None],
         )  # fmt: skip
         self._next_id += 1
         self.scheduler.waiting.append(seq)
@@ -217,13 +219,12 @@ class Engine:
         """Log probabilities of the prompt tokens that follow the rows of this step, where they are asked for."""
         at = 0
         for w in work:
-            seq, begin = w.seq, w.seq.num_cached
-            count = min(begin + w.count, len(seq.prompt) - 1) - begin
-            if seq.params.prompt_logprobs is not None and count > 0:
-                del seq.prompt_logprobs[begin + 1 :]  # a preempted prompt is computed again
-                seq.prompt_logprobs = seq.prompt_logprobs or [None]
-                logits = self.model.logits(h_TD[at : at + count]).numpy()
-                for x, token in zip(logits, seq.prompt[begin + 1 : begin + count + 1], strict=True):
+            seq, first = w.seq, at - w.seq.num_cached  # the row of position 0, if it were there
+            begin = max(w.seq.num_cached, len(seq.prompt_logprobs) - 1)  # a preempted prompt is computed again
+            end = min(w.seq.num_cached + w.count, len(seq.prompt) - 1)
+            if seq.params.prompt_logprobs is not None and begin < end:
+                logits = self.model.logits(h_TD[first + begin : first + end]).numpy()
+                for x, token in zip(logits, seq.prompt[begin + 1 : end + 1], strict=True):
                     seq.prompt_logprobs.append(_logprob(x, token, seq.params.prompt_logprobs))
             at += w.count
 
@@ -306,7 +307,8 @@ class Engine:
             self._draft(work, begins, h_TD, spans)
         for w, begin in zip(work, begins, strict=True):
             seq = w.seq
-            if seq.num_cached // self.pages.page_size > begin // self.pages.page_size:  # a page has become full
+            is_full = seq.num_cached // self.pages.page_size > begin // self.pages.page_size
+            if is_full and seq.finish_reason != "error":
                 self.pages.commit(seq.pages, seq.tokens[: seq.num_cached])
                 if self.store is not None:
                     self.store.save(self.store.name(seq.tokens[: seq.num_cached], seq.page_names), seq.pages)
@@ -318,7 +320,7 @@ class Engine:
 
     def _restore(self, seq: Sequence) -> bool:
         """Read what is on disk of a sequence's prefix -> False if there is more than this step has time for."""
-        if self.store is None or seq.params.prompt_logprobs is not None:
+        if self.store is None or not seq.is_scored:
             return True
         names, size = self.store.name(seq.tokens[:-1], seq.page_names), self.pages.page_size
         pages, is_ready = self.pages.match(seq.tokens), True
@@ -402,8 +404,7 @@ def _tensor(numbers: Any, dtype: Any = np.int64) -> Tensor:
 
 def _logprob(logits_W: Array, token: int, count: int) -> TokenLogprob:
     logp = log_probabilities(logits_W)
-    best = np.argsort(-logp, kind="stable")[:count]
-    return TokenLogprob(token, float(logp[token]), {int(i): float(logp[i]) for i in best})
+    return TokenLogprob(token, float(logp[token]), {int(i): float(logp[i]) for i in likeliest(logp, count)})
 
 
 def generate(engine: Engine, prompts: Iterable[list[int]], params: SamplingParams) -> list[Sequence]:

@@ -207,7 +207,8 @@ class Guide:
         """
         if self._repetition is None or (len(tokens) - self._loop_from) % LOOK_EVERY:
             return False
-        if not is_loop(tokens[max(self._loop_from, len(tokens) - self._repetition.longest) :], self._repetition):
+        limits = self._repetition if self._state.is_reasoning else self._repetition.in_answers
+        if not is_loop(tokens[max(self._loop_from, len(tokens) - limits.longest) :], limits):
             return False
         if self._state.is_reasoning and self._limits is not None:
             self._limits, self._loop_from = Limits(0, 0), len(tokens)

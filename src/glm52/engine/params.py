@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from glm52.errors import RequestError
@@ -11,9 +11,9 @@ from glm52.grammar import Grammar
 
 @dataclass(frozen=True, kw_only=True)
 class Repetition:
-    """When a reply goes round in circles: its end is one period of at most ``max_period`` tokens, exactly repeated at
-    least ``min_repeats`` times and for at least ``min_tokens`` tokens. The defaults leave tables and lists alone that a
-    reader would still read."""
+    """When thinking goes round in circles: its end is one period of at most ``max_period`` tokens, exactly repeated at
+    least ``min_repeats`` times and for at least ``min_tokens`` tokens. An answer may repeat itself four times as often
+    and as long: a matrix of zeros can be what was asked for."""
 
     min_tokens: int = 1024
     min_repeats: int = 8
@@ -24,10 +24,18 @@ class Repetition:
         """Tokens that decide."""
         return max(self.min_tokens, self.min_repeats * self.max_period)
 
+    @cached_property
+    def in_answers(self) -> "Repetition":
+        return replace(self, min_tokens=4 * self.min_tokens, min_repeats=4 * self.min_repeats)
+
     def __post_init__(self) -> None:
         if min(self.min_tokens, self.max_period) < 1 or self.min_repeats < 2:
             raise RequestError("repetition: expected min_tokens and max_period of at least 1 and min_repeats of at "
                                f"least 2, found {self}", param="repetition")  # fmt: skip
+
+
+_MOST_STOPS, _LONGEST_STOP, _MOST_BIASES = 64, 1024, 1024  # what is looked at for every token
+_WHOLE = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,10 @@ class SamplingParams:
             "repetition_penalty": (1e-6, 1e6), "logprobs": (0, 20), "prompt_logprobs": (0, 20),
             "thinking_budget": (0, math.inf),
         }  # fmt: skip
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise RequestError(f"{name}: expected a whole number, found {value!r}", param=name)
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -71,8 +83,13 @@ class SamplingParams:
         far = next((b for b in self.logit_bias.values() if not -100 <= b <= 100), None)
         if far is not None:
             raise RequestError(f"logit_bias: expected values from -100 to 100, found {far:g}", param="logit_bias")
-        if any(not s for s in self.stop):
-            raise RequestError("stop: expected non-empty strings, found an empty one", param="stop")
+        if len(self.logit_bias) > _MOST_BIASES:
+            raise RequestError(f"logit_bias: expected at most {_MOST_BIASES} tokens, found {len(self.logit_bias)}",
+                               param="logit_bias")  # fmt: skip
+        if isinstance(self.stop, str) or len(self.stop) > _MOST_STOPS:
+            raise RequestError(f"stop: expected at most {_MOST_STOPS} strings", param="stop")
+        if not all(1 <= len(s) <= _LONGEST_STOP for s in self.stop):
+            raise RequestError(f"stop: expected strings of 1 to {_LONGEST_STOP} characters", param="stop")
 
     @cached_property
     def is_greedy(self) -> bool:

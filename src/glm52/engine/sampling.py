@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from glm52.engine.params import SamplingParams
 
 Array = NDArray[np.floating[Any]]
+_LIKELY = 256  # tokens that mostly have nearly all of the probability
 _GAMMA, _MIX, _MORE = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def likeliest(x_W: Array, count: int) -> NDArray[np.int64]:
+    """Ids of the ``count`` largest values, the largest first; of equal ones the lowest id."""
+    if 0 < count < len(x_W):
+        ids = np.flatnonzero(x_W >= np.partition(x_W, -count)[-count])
+        return ids[np.argsort(-x_W[ids], kind="stable")][:count]
+    return np.argsort(-x_W, kind="stable")[:count]
 
 
 def processed(logits_W: Array, params: SamplingParams, tokens: Sequence[int], prompt_length: int) -> Array:
@@ -40,20 +49,29 @@ def distribution(logits_W: Array, params: SamplingParams) -> Array:
         p = np.exp(x / params.temperature)
     p /= p.sum()
     if params.top_k or params.top_p < 1.0:
-        order = np.argsort(-p, kind="stable")
-        sorted_p = p[order]
-        kept = np.ones(len(p), dtype=bool)
-        if params.top_k:
-            kept[params.top_k :] = False
-        if params.top_p < 1.0:
-            total = sorted_p[kept].sum()
-            kept &= np.cumsum(sorted_p) - sorted_p < params.top_p * total
-            kept[0] = True
-        p[order[~kept]] = 0.0
+        kept = _nucleus(p, params)
+        p, all_p = np.zeros_like(p), p
+        p[kept] = all_p[kept]
     if params.min_p:
         p[p < params.min_p * p.max()] = 0.0
     out: Array = p / p.sum()
     return out
+
+
+def _nucleus(p_W: Array, params: SamplingParams) -> NDArray[np.int64]:
+    """The likeliest ``top_k`` tokens, and of these the fewest that have ``top_p`` of their probability, or one. Without
+    top_k few tokens are looked at first: sorting a whole vocabulary takes longer than a step of a small model."""
+    if params.top_p == 1.0:
+        return likeliest(p_W, params.top_k)
+    count = params.top_k or _LIKELY
+    while True:
+        ids = likeliest(p_W, count)
+        p = p_W[ids]
+        kept = np.cumsum(p) - p < params.top_p * (p.sum() if params.top_k else 1.0)
+        kept[0] = True
+        if params.top_k or not kept[-1] or len(ids) == len(p_W):
+            return ids[kept]
+        count *= 16
 
 
 def draw(p_W: Array, seed: int, position: int) -> int:

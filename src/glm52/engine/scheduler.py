@@ -38,7 +38,7 @@ class Scheduler:
         budget = self.max_batch_tokens
         for seq in list(self.running):
             if seq in self.running:  # an older one's need may have put it back
-                work = self._continue(seq, budget - self._seats_behind(seq))
+                work = self._continue(seq, budget - self._kept_from(seq))
                 if work is not None:
                     plan.append(work)
                     budget -= work.count
@@ -51,13 +51,24 @@ class Scheduler:
             budget -= work.count
         return plan
 
-    def _seats_behind(self, seq: Sequence) -> int:
-        """One token is kept for every running sequence behind this one, so that a long prompt stalls nobody."""
-        return len(self.running) - self.running.index(seq) - 1
+    def _kept_from(self, seq: Sequence) -> int:
+        """Tokens that are kept for others, so that a long prompt stalls nobody: one for every running sequence behind
+        this one, and a quarter of the rest for who waits and may come."""
+        behind = len(self.running) - self.running.index(seq) - 1
+        if not self.waiting or len(self.running) == self.max_seqs or self._lacks_pages(self.waiting[0], 0):
+            return behind
+        return behind + (self.max_batch_tokens - len(self.running)) // 4
+
+    def _lacks_pages(self, seq: Sequence, matched: int) -> bool:
+        """Whether too few pages are free for a sequence to begin: those that running prompts will need are not."""
+        promised = sum(max(0, self.pages.pages_for(len(s.tokens) + 1) - len(s.pages)) for s in self.running)
+        return self.pages.pages_for(len(seq.tokens) + 1) - matched > self.pages.available - promised
 
     def _continue(self, seq: Sequence, budget: int) -> Work | None:
         count = min(seq.num_uncached, budget)
         drafts = min(len(seq.drafts), budget - count) if count == seq.num_uncached else 0
+        if drafts and not self._grow(seq, seq.num_cached + count + drafts):
+            drafts = 0  # guesses put nobody back
         while not self._grow(seq, seq.num_cached + count + drafts):
             youngest = self.running[-1]
             self.preempt(youngest)
@@ -67,13 +78,14 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, budget: int) -> Work | None:
         """Start a sequence if all of its tokens would fit now, beginning after the prefix that is cached."""
-        pages = self.pages.match(seq.tokens) if seq.params.prompt_logprobs is None else []
-        if self.pages.pages_for(len(seq.tokens) + 1) - len(pages) > self.pages.available:
+        pages = self.pages.match(seq.tokens) if seq.is_scored else []
+        if self._lacks_pages(seq, len(pages)):
             self.pages.release(pages)
             return None
         seq.pages = pages
         seq.num_cached = len(pages) * self.pages.page_size
-        seq.num_cached_tokens = max(seq.num_cached_tokens, min(seq.num_cached, len(seq.prompt)))
+        if not seq.has_begun:  # later the pages found are its own
+            seq.has_begun, seq.num_cached_tokens = True, min(seq.num_cached, len(seq.prompt))
         count = min(seq.num_uncached, budget)
         grown = self._grow(seq, seq.num_cached + count)
         assert grown

@@ -45,10 +45,9 @@ class Event:
 @dataclass(eq=False, kw_only=True)
 class Sequence:
     """State of one request. num_cached: leading tokens whose rows are in the pool. num_cached_tokens: prompt
-    tokens that a shared prefix saved. page_names: what its full pages are called on disk, as far as they were needed.
-    drafts: proposed continuations. stop_string: the one
-    that ended the reply. prompt_logprobs: if asked for, one for each prompt token that is computed; the first has none.
-    """
+    tokens that a shared prefix saved. has_begun: whether it was ever admitted. page_names: what its full pages are
+    called on disk, as far as they were needed. drafts: proposed continuations. stop_string: the one that ended the
+    reply. prompt_logprobs: if asked for, one for each prompt token that is computed; the first has none."""
 
     id: int
     prompt: list[int]
@@ -62,6 +61,7 @@ class Sequence:
     page_names: list[str] = field(default_factory=list)
     num_cached: int = 0
     num_cached_tokens: int = 0
+    has_begun: bool = False
     drafts: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     held_text: str = ""
@@ -83,6 +83,11 @@ class Sequence:
     def num_reasoning(self) -> int:
         """Reasoning tokens of the reply."""
         return self.guide.num_reasoning
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether nothing of the prompt is left to score, and so its rows may be found instead of computed."""
+        return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt)
 
     @property
     def num_uncached(self) -> int:
@@ -130,6 +135,9 @@ class Sequence:
             self.finish_reason, self.held_text = "stop", ""
             self.detokenizer = None
             return text[:at]
-        hold = max((n for s in self.params.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        longest = len(text) + 1
+        hold = max(
+            (n for s in self.params.stop for n in range(1, min(len(s), longest)) if text.endswith(s[:n])), default=0
+        )
         self.held_text = text[len(text) - hold :]
         return text[: len(text) - hold]
