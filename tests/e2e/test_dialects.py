@@ -226,6 +226,27 @@ def test_responses_take_their_own_output_back(script: Script, gpt: openai.OpenAI
                                        "</tool_response><|assistant|><think>")  # fmt: skip
 
 
+def test_responses_leave_nothing_out_in_silence(script: Script, http: httpx.Client) -> None:
+    file = {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,AA=="}
+    search = {"type": "web_search_call", "id": "ws_1", "status": "completed"}
+    for fields, param in (
+        ({"input": [*USER, {"type": "compaction", "encrypted_content": "x"}]}, "input.1"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}, file]}]}, "input.0.content.1"),
+        ({"input": [*USER, {"type": "function_call_output", "call_id": "c", "output": [file]}]}, "input.1.output.0"),
+        ({"conversation": "conv_1"}, "conversation"), ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+    ):  # fmt: skip
+        reply = http.post("/v1/responses", json={"input": "Hi", **fields})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, param) and error["message"].startswith(f"{param}: ")
+    body = {"input": [*USER, search, {"role": "user", "content": "More."}], "truncation": "auto"}
+    assert http.post("/v1/responses", json=body).headers["x-glm52-ignored"] == "truncation, input.1 (web_search_call)"
+    custom = [{"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "a\nb"},
+              {"type": "custom_tool_call_output", "call_id": "c", "output": "done"}]  # fmt: skip
+    assert http.post("/v1/responses", json={"input": [*USER, *custom]}).status_code == 200
+    assert "<arg_key>input</arg_key><arg_value>a\nb</arg_value></tool_call>" in script.prompts[-1]
+    assert "<tool_response>done</tool_response>" in script.prompts[-1]
+
+
 def test_responses_that_are_cut(script: Script, gpt: openai.OpenAI) -> None:
     script.text = "</think>one two three four five six"
     cut = gpt.responses.create(model="nano", input="Hi", max_output_tokens=3)
@@ -302,6 +323,7 @@ def test_blocks_of_every_kind_are_seen(script: Script, http: httpx.Client) -> No
         ("/v1/chat/completions", {"messages": None}, '"messages: Field required"'),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "messages.0.content.0.type"),
         ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]}, "messages.0.content.1"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]}]}, "messages.0.content.0"),
         ("/v1/chat/completions", {"tools": [{"function": {"name": "f", "parameters": 5}}]}, "tools.0.function.parameters"),
         ("/v1/chat/completions", {"tools": [{"function": {"name": "f"}}], "tool_choice": {"type": "function", "function": "g"}}, "tool_choice"),
     ],

@@ -33,6 +33,8 @@ from glm52.server.request import (
 from glm52.tokenizer import Tokenizer
 
 MAX_ANSWERS = 8
+# Parts without text that the template has words for.
+_TEMPLATE_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "tool_reference")
 _Kind = Literal["json_schema", "regex", "grammar", "choice"]
 
 
@@ -118,7 +120,7 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
     choice = tool_choice(chat.tool_choice, tools)
     return ChatRequest(
         model=chat.model or "",
-        messages=[_message(m) for m in chat.messages],
+        messages=[_message(m, f"messages.{i}") for i, m in enumerate(chat.messages)],
         params=sampling(
             chat, defaults, coding=chat.mode == "coding", max_tokens=limit, stop=stop_strings(chat.stop),
             logit_bias=token_bias(chat), logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
@@ -136,21 +138,27 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
     )  # fmt: skip
 
 
-def _message(message: _Message) -> Json:
+def _message(message: _Message, where: str) -> Json:
     out = message.model_dump(exclude_none=True)
     reasoning = out.pop("reasoning", None)
     if isinstance(reasoning, str):
         out.setdefault("reasoning_content", reasoning)
     refusal = out.pop("refusal", None)
     if isinstance(out.get("content"), list):
-        texts = [p.get("text", p.get("refusal")) for p in out["content"]]
-        out["content"] = [
-            {"type": "text", "text": text} if isinstance(text, str) else p
-            for p, text in zip(out["content"], texts, strict=True)
-        ]  # fmt: skip
+        out["content"] = [_part(p, f"{where}.content.{i}") for i, p in enumerate(out["content"])]
     elif isinstance(refusal, str):
         out["content"] = out.get("content") or refusal
     return out
+
+
+def _part(part: Json, where: str) -> Json:
+    text = part.get("text", part.get("refusal"))
+    if isinstance(text, str):
+        return {"type": "text", "text": text}
+    if part["type"] not in _TEMPLATE_PARTS:
+        raise RequestError(f"{where}: expected text, found a part of the type {part['type']!r}; send its text",
+                           param=where)  # fmt: skip
+    return part
 
 
 def _tools(chat: ChatBody) -> tuple[list[Json] | None, list[str]]:

@@ -6,6 +6,7 @@ summary, as that; where it asks for it encrypted, also as an opaque string that 
 
 import base64
 import binascii
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,8 @@ class ResponsesBody(Sampling, thinking.ThinkingFields):
     include: list[str] | None = None
     metadata: Json | None = None
     previous_response_id: str | None = None
+    conversation: str | Json | None = None
+    prompt: Json | None = None
     background: bool | None = None
     store: bool | None = None
     stream: bool | None = None
@@ -73,15 +76,16 @@ class ResponsesBody(Sampling, thinking.ThinkingFields):
 def read(body: Any, defaults: Defaults) -> ChatRequest:
     """A decoded JSON body as a request; RequestError names the field at fault."""
     b = validated(ResponsesBody, body)
-    if b.previous_response_id:
-        raise RequestError("previous_response_id: responses are not stored here; send the whole conversation as input",
-                           param="previous_response_id")  # fmt: skip
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if getattr(b, name):
+            raise RequestError(f"{name}: nothing is stored here; send the whole conversation as input", param=name)
     if b.background:
         raise RequestError("background: responses are not stored here; use stream", param="background")
     tools, skipped = _tools(b.tools or [])
     choice = tool_choice(b.tool_choice, tools)
     first = [{"role": "system", "content": b.instructions}] if b.instructions else []
-    messages = [*first, *_messages(b.input)]
+    said, unsaid = _messages(b.input)
+    messages = [*first, *said]
     if len(messages) == len(first):
         raise RequestError("input: expected at least one message, found none", param="input")
     include = b.include or []
@@ -98,7 +102,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         parallel_calls=b.parallel_tool_calls is not False,
         structure=_structure(b),
         stream=bool(b.stream),
-        ignored=(*sorted(b.model_extra or ()), *skipped),
+        ignored=(*sorted(b.model_extra or ()), *skipped, *unsaid),
         raw=body | {"encrypted": "reasoning.encrypted_content" in include},
     )  # fmt: skip
 
@@ -133,11 +137,13 @@ def _structure(body: ResponsesBody) -> Grammar | None:
 # ── Input items ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _messages(given: str | list[Json]) -> list[Json]:
-    """Items as messages: reasoning, text and calls of one turn of the assistant become one message."""
+def _messages(given: str | list[Json]) -> tuple[list[Json], list[str]]:
+    """Items as messages, and which were left out: reasoning, text and calls of one turn of the assistant become one
+    message. A call of a custom tool is one of a function with its text as the only argument."""
     if isinstance(given, str):
-        return [{"role": "user", "content": given}]
+        return [{"role": "user", "content": given}], []
     out: list[Json] = []
+    unsaid: list[str] = []
     for i, item in enumerate(given):
         at = f"input.{i}"
         kind = item.get("type") or "message"
@@ -157,15 +163,22 @@ def _messages(given: str | list[Json]) -> list[Json]:
             turn["reasoning_content"] = turn.get("reasoning_content", "") + _reasoning(item)
         elif kind == "function_call":
             _add_call(_turn(out), item, at)
-        elif kind == "function_call_output":
+        elif kind == "custom_tool_call":
+            _add_call(_turn(out), item | {"arguments": json.dumps({"input": item.get("input")})}, at)
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             content = _content(item.get("output"), f"{at}.output")
             out.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
         elif kind == "item_reference":
             raise RequestError(f"{at}: items are not stored here; send them whole", param=at)
+        elif kind == "web_search_call":  # what was found is said in the message after it
+            unsaid.append(f"{at} ({kind})")
+        else:
+            raise RequestError(f"{at}: expected a message, reasoning, or a call of a function or its output, found "
+                               f"{kind!r}; leave it out, or say in a message what it says", param=at)  # fmt: skip
     for message in out:
         if message.get("reasoning_content") == "":
             del message["reasoning_content"]
-    return out
+    return out, unsaid
 
 
 def _turn(out: list[Json], *, begins: bool = False) -> Json:
@@ -189,12 +202,15 @@ def _content(given: Any, at: str) -> list[Json]:
     if not isinstance(given, list) or not all(isinstance(p, dict) for p in given):
         raise RequestError(f"{at}: expected a string or a list of parts", param=at)
     parts = []
-    for part in given:
+    for i, part in enumerate(given):
         text = part.get("text") if part.get("text") is not None else part.get("refusal")
         if isinstance(text, str):
             parts.append({"type": "text", "text": text})
         elif part.get("type") == "input_image":
             parts.append({"type": "image"})
+        else:
+            raise RequestError(f"{at}.{i}: expected text or an image, found {part.get('type')!r}; send its text",
+                               param=f"{at}.{i}")  # fmt: skip
     return parts
 
 
