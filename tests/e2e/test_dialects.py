@@ -247,6 +247,27 @@ def test_responses_leave_nothing_out_in_silence(script: Script, http: httpx.Clie
     assert "<tool_response>done</tool_response>" in script.prompts[-1]
 
 
+@pytest.mark.parametrize("stride", [1, 3, 99])
+def test_responses_tell_log_probabilities_with_their_texts(script: Script, gpt: openai.OpenAI, stride: int) -> None:
+    """They came whole at the end only, and not at all where a call stood before or after the text."""
+    script.text, script.stride = f"I look.</think>Wait for it.{CALL} And so on.\n", stride
+    fields: Any = {"model": "nano", "input": "Hi", "tools": [RESPONSES_TOOL], "top_logprobs": 2,
+                   "include": ["message.output_text.logprobs"]}  # fmt: skip
+    whole = gpt.responses.create(**fields)
+    events = list(gpt.responses.create(**fields, stream=True))
+    texts = [i.content[0] for i in whole.output if i.type == "message"]
+    assert [t.text for t in texts] == ["Wait for it.", " And so on."]
+    assert ["".join(p.token for p in t.logprobs) for t in texts] == ["Wait for it.", " And so on.\n"]
+    assert len(texts[0].logprobs[0].top_logprobs) == 2 and texts[0].logprobs[0].bytes == list(b"W")
+    assert [i.content[0] for i in events[-1].response.output if i.type == "message"] == texts
+    for text, place in zip(texts, (1, 3), strict=True):
+        mine = [e for e in events if getattr(e, "output_index", None) == place and "output_text" in e.type]
+        told = [p.token for e in mine if e.type.endswith("delta") for p in e.logprobs]
+        assert told == [p.token for p in text.logprobs] == [p.token for p in mine[-1].logprobs]
+    with gpt.responses.stream(**fields) as stream:
+        assert stream.get_final_response().output_text == "Wait for it. And so on."
+
+
 def test_responses_that_are_cut(script: Script, gpt: openai.OpenAI) -> None:
     script.text = "</think>one two three four five six"
     cut = gpt.responses.create(model="nano", input="Hi", max_output_tokens=3)

@@ -118,6 +118,11 @@ class ChatRequest:
     ignored: tuple[str, ...] = ()
     raw: Json = field(default_factory=dict)
 
+    @property
+    def callable_tools(self) -> list[Json] | None:
+        """The prompt shows all tools whatever the choice, so that prefixes hit."""
+        return None if self.tool_choice.kind == "none" else self.tools
+
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
@@ -167,9 +172,8 @@ class Answer:
     def __init__(self, request: ChatRequest, prompt: Sequence[int], index: int, *, context_length: int) -> None:
         self.request, self.prompt, self.index = request, prompt, index
         self._thinks = request.prompts is None and request.thinking.enabled
-        callable_tools = None if request.tool_choice.kind == "none" else request.tools
         self._parser = (
-            ReplyParser(callable_tools, thinking=self._thinks, verbatim=request.structure is not None)
+            ReplyParser(request.callable_tools, thinking=self._thinks, verbatim=request.structure is not None)
             if request.prompts is None
             else None
         )
@@ -212,11 +216,6 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - len(self.prompt)
-
-    @property
-    def content_logprobs(self) -> list[TokenLogprob]:
-        """Those of the tokens after the reasoning and its end."""
-        return self.logprobs[self.reasoning_tokens + 1 :] if self._thinks else self.logprobs
 
     @property
     def has_calls(self) -> bool:

@@ -8,10 +8,21 @@ import base64
 import binascii
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
+from glm52.chat import (
+    CALL,
+    END_CALL,
+    END_THINK,
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
@@ -247,6 +258,11 @@ class Writer:
         self._sequence = 0
         self._open: str | None = None
         self._reason = ""
+        # Log probabilities by the number of calls before their tokens: between calls each text is an item of its own.
+        self._untold: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
+        self._calls_heard = self._calls_said = 0
+        self._closing = END_THINK if request.thinking.enabled else None
+        self._marks = {tokenizer.id(mark): mark for mark in (END_THINK, CALL, END_CALL)}
         self.response: Json = {
             "id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model,
             "status": "in_progress", "output": [], "error": None, "incomplete_details": None, "usage": None,
@@ -263,11 +279,29 @@ class Writer:
         return [self._response("response.created"), self._response("response.in_progress")]
 
     def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
+        self._sort(logprobs)
         return [f for d in deltas for f in self._delta(d)]
 
+    def _sort(self, logprobs: Sequence[TokenLogprob]) -> None:
+        """Keep those of the texts; reasoning, calls and the marks around them have none in this dialect."""
+        for token in logprobs:
+            mark = self._marks.get(token.token_id)
+            if self._closing:
+                self._closing = None if mark == self._closing else self._closing
+            elif mark == CALL and self.request.callable_tools:
+                self._closing = END_CALL
+                self._calls_heard += 1
+            else:
+                self._untold[self._calls_heard].append(token)
+
+    def _text_delta(self, text: str) -> Frame:
+        """More of the open message, with the log probabilities of its tokens that were not told yet."""
+        new = logprobs_payload(self._tokenizer, self._untold.pop(self._calls_said, []))["content"]
+        self._part["text"] += text
+        self._part["logprobs"] += new
+        return self._event("response.output_text.delta", content_index=0, delta=text, logprobs=new)
+
     def end(self, answer: Answer) -> list[Frame]:
-        if self._open == "message" and self.request.params.logprobs is not None:
-            self._part["logprobs"] = logprobs_payload(self._tokenizer, answer.content_logprobs)["content"]
         frames = self._close_item(is_cut=answer.reason in _CUT)
         if not self.response["output"]:
             frames += [*self._open_message(), *self._close_item()]
@@ -303,12 +337,12 @@ class Writer:
                 self._part["text"] += text
                 return [*opening, self._event(f"{self._thought}.delta", **self._part_at, delta=text)]
             case ContentDelta(text):
-                opening = self._open_message()
-                self._part["text"] += text
-                return [*opening, self._event("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+                return [*self._open_message(), self._text_delta(text)]
             case ToolCallStart(_, id, name):
                 item = {"type": "function_call", "call_id": id, "name": name, "arguments": ""}
-                return self._open_item(f"call {id}", "fc", item)
+                frames = self._open_item(f"call {id}", "fc", item)
+                self._calls_said += 1
+                return frames
             case ToolCallArguments(_, text):
                 self._item["arguments"] += text
                 return [self._event("response.function_call_arguments.delta", delta=text)]
@@ -379,6 +413,8 @@ class Writer:
             frames.append(self._event(f"{self._thought}.done", **self._part_at, text=self._part["text"]))
             frames.append(self._event(f"response.{kind}.done", **self._part_at, part=dict(self._part)))
         elif self._open == "message":
+            if self._untold[self._calls_said]:  # of white space at the end, which is no part of the text
+                frames.append(self._text_delta(""))
             part = self._part
             frames.append(self._event("response.output_text.done", content_index=0, text=part["text"],
                                       logprobs=part["logprobs"]))  # fmt: skip
