@@ -272,6 +272,13 @@ def test_responses_that_are_cut(script: Script, gpt: openai.OpenAI) -> None:
     script.text = "</think>one two three four five six"
     cut = gpt.responses.create(model="nano", input="Hi", max_output_tokens=3)
     assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    assert [i.status for i in cut.output] == ["incomplete"]
+    hidden: Any = {"model": "nano", "input": "Hi", "max_output_tokens": 3, "extra_body": {"include_reasoning": False}}
+    script.text = (
+        "One two three four five six"  # nothing of it is shown, and the message that stands for it is not whole
+    )
+    for cut in (gpt.responses.create(**hidden), list(gpt.responses.create(**hidden, stream=True))[-1].response):
+        assert (cut.status, [i.status for i in cut.output], cut.output_text) == ("incomplete", ["incomplete"], "")
 
 
 # ── Anthropic messages ───────────────────────────────────────────────────────────────────────────────────────────

@@ -302,9 +302,10 @@ class Writer:
         return self._event("response.output_text.delta", content_index=0, delta=text, logprobs=new)
 
     def end(self, answer: Answer) -> list[Frame]:
-        frames = self._close_item(is_cut=answer.reason in _CUT)
+        is_cut = answer.reason in _CUT
+        frames = self._close_item(is_cut=is_cut)
         if not self.response["output"]:
-            frames += [*self._open_message(), *self._close_item()]
+            frames += [*self._open_message(), *self._close_item(is_cut=is_cut)]
         self._reason = answer.reason
         return frames
 
