@@ -111,6 +111,32 @@ def test_chat_tool_choices_become_grammars(script: Script, gpt: openai.OpenAI, c
     assert "get_weather" in script.prompts[-1]
 
 
+def test_only_allowed_tools_can_be_called(script: Script, http: httpx.Client) -> None:
+    """The prompt shows all of them, so that prefixes hit; the grammar has those that are allowed."""
+    other: Any = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
+    for path, said, nested in (("chat/completions", {"messages": USER}, True), ("responses", {"input": "Hi"}, False)):
+        write = (lambda t: t) if nested else (lambda t: {"type": "function", **t["function"]})
+
+        def chosen(mode: str, *names: str, nested: bool = nested) -> Any:
+            named = [{"name": n} for n in names]
+            inner = {"mode": mode, "tools": [{"type": "function", **({"function": n} if nested else n)} for n in named]}
+            return {"type": "allowed_tools", **({"allowed_tools": inner} if nested else inner)}
+
+        body = said | {"tools": [write(WEATHER), write(other)]}
+        for mode in ("auto", "required"):
+            script.text = f"</think>{CALL}"
+            reply = http.post(f"/v1/{path}", json=body | {"tool_choice": chosen(mode, "get_weather")})
+            grammar = script.params[-1].grammar
+            assert reply.status_code == 200 and "get_weather" in reply.text and "get_time" in script.prompts[-1]
+            assert grammar is not None and "get_weather" in grammar.source and "get_time" not in grammar.source
+            assert grammar.source.startswith("start: T0 (r" if mode == "auto" else "start: r")
+        at = "tool_choice.allowed_tools" if nested else "tool_choice"
+        for choice, param in ((chosen("any", "get_time"), f"{at}.mode"), (chosen("auto", "gone"), f"{at}.tools"),
+                              (chosen("auto"), f"{at}.tools")):  # fmt: skip
+            error = http.post(f"/v1/{path}", json=body | {"tool_choice": choice}).json()["error"]
+            assert error["param"] == param and error["message"].startswith(f"{param}: ")
+
+
 @pytest.mark.parametrize(
     ("fields", "source"),
     [

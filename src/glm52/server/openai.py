@@ -184,7 +184,7 @@ def _check_definition(function: Json, where: str) -> None:
 
 
 def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolChoice:
-    """auto, none, required or any; an object with the name of one of the tools."""
+    """auto, none, required or any; an object with the name of one of the tools, or with those that are allowed."""
     names = [t["function"]["name"] for t in tools or ()]
     kind = given.get("type") if isinstance(given, dict) else given
     if kind in (None, "auto", "none"):
@@ -193,6 +193,8 @@ def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolC
         if not names:
             raise RequestError("tool_choice: a call is required, but tools has no function", param="tool_choice")
         return ToolChoice("required")
+    if isinstance(given, dict) and kind == "allowed_tools":
+        return _allowed_tools(given, names)
     if isinstance(given, dict):
         inner = given.get("function") or given
         name = inner.get("name") if isinstance(inner, dict) else inner
@@ -203,6 +205,22 @@ def tool_choice(given: str | Json | None, tools: Sequence[Json] | None) -> ToolC
         f"tool_choice: expected auto, none, required or an object with a tool's name, found {json.dumps(given)}",
         param="tool_choice",
     )
+
+
+def _allowed_tools(given: Json, names: Sequence[str]) -> ToolChoice:
+    """As chat completions write it, or flat as responses do. Tools that are no functions were left out before."""
+    at = "tool_choice.allowed_tools" if "allowed_tools" in given else "tool_choice"
+    inner = given.get("allowed_tools", given)
+    mode, tools = (inner.get("mode"), inner.get("tools")) if isinstance(inner, dict) else (None, None)
+    tools = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
+    if mode not in ("auto", "required"):
+        raise RequestError(f"{at}.mode: expected auto or required, found {mode!r}", param=f"{at}.mode")
+    functions = [t.get("function", t) for t in tools if t.get("type") == "function"]
+    allowed: list[Any] = [f.get("name") if isinstance(f, dict) else f for f in functions]
+    if not allowed or any(name not in names for name in allowed):
+        raise RequestError(f"{at}.tools: expected functions by the names they have in tools, found {allowed}",
+                           param=f"{at}.tools")  # fmt: skip
+    return ToolChoice(mode, allowed=frozenset(allowed))
 
 
 def _structure(chat: ChatBody) -> Grammar | None:

@@ -85,10 +85,12 @@ def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether tools are called: as the model sees fit, never, at least one, or the one that is named."""
+    """Whether tools are called: as the model sees fit, never, at least one, or the one that is named. allowed: the
+    names of those that may be; None: all."""
 
     kind: Literal["auto", "none", "required", "named"] = "auto"
     name: str | None = None
+    allowed: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,10 @@ class ChatRequest:
     @property
     def callable_tools(self) -> list[Json] | None:
         """The prompt shows all tools whatever the choice, so that prefixes hit."""
-        return None if self.tool_choice.kind == "none" else self.tools
+        if self.tool_choice.kind == "none":
+            return None
+        allowed = self.tool_choice.allowed
+        return self.tools if allowed is None else [t for t in self.tools or () if t["function"]["name"] in allowed]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +150,8 @@ def guided(request: ChatRequest) -> SamplingParams:
         return replace(request.params, grammar=grammar)
     if request.tools and not (grammar and choice.kind == "none"):
         grammar = Grammar.tool_calls(
-            request.tools, choice.kind, name=choice.name, parallel=request.parallel_calls, answer=grammar,
-            param="tools" if choice.kind in ("auto", "none") else "tool_choice",
+            request.callable_tools or (), choice.kind, name=choice.name, parallel=request.parallel_calls,
+            answer=grammar, param="tools" if choice.kind in ("auto", "none") else "tool_choice",
         )  # fmt: skip
     budget = request.thinking.budget if request.thinking.enabled else None
     return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=Repetition())
