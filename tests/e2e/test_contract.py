@@ -19,7 +19,7 @@ from glm52.hub import NANO
 from glm52.server.service import Service
 from glm52.session import Session
 from tests.scripted import ScriptedModel, always, random_logits
-from tests.serving import PATHS, WEATHER, Said, ask, running, schema_fields, scripted_service
+from tests.serving import PATHS, WEATHER, Said, ask, running, schema_fields, scripted_service, sse
 
 YES = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"],
        "additionalProperties": False}  # fmt: skip
@@ -219,6 +219,24 @@ def test_log_likelihoods_are_the_models_own(nano: httpx.Client, session: Session
             assert said["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-5)
             best = [max(t.values()) for t in said["top_logprobs"][1:]]
             assert all(b >= p for b, p in zip(best, said["token_logprobs"][1:], strict=True))
+
+
+def test_an_echo_tells_every_token_and_counts_none(nano: httpx.Client, session: Session) -> None:
+    """A prompt of one token told none, parts of a character were counted as one each, and the token that is computed
+    after the echo was said to be in the reply."""
+    for text in ("What", "x", "¿Qué 🦊 dice 狐狸?"):
+        body = {"prompt": text, "max_tokens": 0, "logprobs": 1, "echo": True}
+        reply = nano.post("/v1/completions", json=body).json()
+        (choice,), ids = reply["choices"], session.tokenizer.encode(text)
+        said, whole = choice["logprobs"], b"".join(map(session.tokenizer.to_bytes, ids))
+        assert choice["text"] == text and reply["usage"]["completion_tokens"] == 0
+        assert reply["usage"]["total_tokens"] == len(ids) == len(said["tokens"]) == len(said["text_offset"])
+        assert said["token_logprobs"][0] is None and None not in said["token_logprobs"][1:]
+        starts = [len(b"".join(map(session.tokenizer.to_bytes, ids[:i]))) for i in range(len(ids))]
+        assert said["text_offset"] == [len(whole[:n].decode(errors="ignore")) for n in starts]
+        streamed = sse(nano.post("/v1/completions", json=body | {"stream": True, "stream_options": {
+            "include_usage": True}}).text)  # fmt: skip
+        assert json.loads(streamed[-2][1])["usage"]["completion_tokens"] == 0
 
 
 def _log_likelihoods(session: Session, ids: list[int]) -> list[float]:

@@ -6,8 +6,11 @@ count on one token after it, so that one may be the end of the text. ``return_to
 so is ``return_tokens_as_token_ids``: ids instead of texts beside log probabilities.
 """
 
+import codecs
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -89,7 +92,10 @@ class Writer:
     def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         self.request, self.model, self._tokenizer = request, model, tokenizer
         self.id, self.created = new_id("cmpl-"), int(time.time())
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, int] = defaultdict(int)
+        self._characters: dict[int, codecs.IncrementalDecoder] = defaultdict(
+            lambda: codecs.getincrementaldecoder("utf-8")("replace")
+        )
         self._said: dict[int, int] = {}
         self._told: dict[int, int] = {}  # log probabilities: those of half a character wait for the rest of it
         self._given: dict[int, int] = {}  # token ids, likewise
@@ -119,23 +125,29 @@ class Writer:
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
         frames: list[Frame] = []
         if self.request.include_usage:
-            frames.append((None, self._envelope() | {"choices": [], "usage": usage_payload(usage)}))
+            frames.append((None, self._envelope() | {"choices": [], "usage": self._usage(usage)}))
         return [*frames, (None, "[DONE]")]
 
     def fail(self, error: RequestError) -> list[Frame]:
         return [(None, error_payload(error))]
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
-        return self._envelope() | {"choices": [self._choice(a) for a in answers], "usage": usage_payload(usage)}
+        return self._envelope() | {"choices": [self._choice(a) for a in answers], "usage": self._usage(usage)}
+
+    def _usage(self, usage: Usage) -> Json:
+        """The token that an echo alone counts on is in no reply."""
+        return usage_payload(replace(usage, completion_tokens=0) if self.request.raw.get("only_echo") else usage)
 
     def _choice(self, answer: Answer) -> Json:
         only_echo = self.request.raw.get("only_echo")
         text = "" if only_echo else answer.text
-        entries = [] if only_echo else [(t.token_id, t) for t in answer.logprobs]
+        wants_logprobs = self.request.params.logprobs is not None
+        entries: list[tuple[int, TokenLogprob | None]] = [] if only_echo else [(t.token_id, t) for t in answer.logprobs]
         if self.request.echo:
             text = self._tokenizer.decode(list(answer.prompt)) + text
-            entries = [*zip(answer.prompt, answer.prompt_logprobs, strict=False), *entries]  # type: ignore[list-item]
-        said = self._logprobs(answer.index, entries) if self.request.params.logprobs is not None else None
+        if self.request.echo and wants_logprobs:
+            entries = [*zip(answer.prompt, [None, *answer.prompt_logprobs[1:]], strict=True), *entries]
+        said = self._logprobs(answer.index, entries) if wants_logprobs else None
         reason = "length" if only_echo else _finish_reason(answer)
         choice = {"index": answer.index, "text": text, "logprobs": said, "finish_reason": reason}
         return choice | self._ids(answer)
@@ -158,13 +170,12 @@ class Writer:
         return self._logprobs(answer.index, [(t.token_id, t) for t in answer.logprobs[at:]])
 
     def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
-        """Four lists of equal length. The first token of a prompt has no probability."""
-        texts = [self._tokenizer.piece(token) for token, _ in entries]
-        offset, offsets = self._offsets.get(index, 0), []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
+        """Four lists of equal length. The first token of a prompt has no probability. A token that is a part of a
+        character is where the character is."""
+        offsets, characters = [], self._characters[index]
+        for token, _ in entries:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(characters.decode(self._tokenizer.to_bytes(token)))
         return {
             "tokens": [self._name(token) for token, _ in entries],
             "token_logprobs": [None if t is None else t.logprob for _, t in entries],
