@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.scripted import TOKENIZER
-from tests.serving import USER, WEATHER, Script, running, scripted_service, sse
+from tests.serving import USER, WEATHER, Script, ask, running, scripted_service, sse
 
 CALL = ("<tool_call>get_weather<arg_key>city</arg_key><arg_value>São \"P\"</arg_value>"
         "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call>")  # fmt: skip
@@ -168,6 +168,23 @@ def test_stop_strings_do_not_end_thinking(script: Script, gpt: openai.OpenAI) ->
     script.text = "One. STOP. Two STO</think>P three STOP four"
     message = gpt.chat.completions.create(model="nano", messages=USER, stop=["STOP"]).choices[0].message
     assert (message.reasoning_content, message.content) == ("One. STOP. Two STO", "P three")
+
+
+@pytest.mark.parametrize("before", ["", SECOND])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_inside_a_call_leaves_no_half_of_it(
+    script: Script, http: httpx.Client, before: str, stream: bool
+) -> None:
+    """It came with arguments that were cut off and a reason that did not say so."""
+    script.text = f"</think>{before}{CALL}"
+    tools = {"chat": [WEATHER], "zai": [WEATHER], "responses": [RESPONSES_TOOL], "messages": [ANTHROPIC_TOOL]}
+    reasons = {"chat": "stop", "zai": "stop", "messages": "stop_sequence"}
+    for dialect, reason in reasons.items():
+        stop = {"stop_sequences" if dialect == "messages" else "stop": ["days"]}
+        said = ask(http, dialect, "Hi", max_tokens=200, stream=stream, tools=tools[dialect], **stop)
+        halves = [a for _, a in said.calls if not a.endswith("}")]
+        assert said.finish == reason and len(halves) == (stream and dialect != "zai"), dialect
+        assert len(said.calls) - len(halves) == bool(before)
 
 
 def test_coding_mode_is_one_switch(script: Script, http: httpx.Client) -> None:

@@ -245,7 +245,7 @@ class Writer:
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
         for answer in answers:
-            self.more(answer, answer.deltas, [])
+            self.more(answer, answer.said, [])
             self.end(answer)
         return self.message | {"usage": usage_payload(usage)}
 

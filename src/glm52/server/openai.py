@@ -294,9 +294,9 @@ class Writer:
         return [self._chunk(answer.index, p) for p in payloads]
 
     def end(self, answer: Answer) -> list[Frame]:
-        """A call that was cut off goes out as it stands; then the reason."""
-        cut = [key for key in self._held if key[0] == answer.index]
-        frames = [self._chunk(answer.index, self._held.pop(key)) for key in cut]
+        """A call that was cut off goes out as it stands, if the reason says that it was; then the reason."""
+        cut = [self._held.pop(key) for key in list(self._held) if key[0] == answer.index]
+        frames = [self._chunk(answer.index, call) for call in cut if answer.reason != "stop"]
         if not self.usage_in_last_chunk:
             frames.append(self._chunk(answer.index, {}, self._ending(answer)))
         return frames

@@ -216,7 +216,14 @@ class Answer:
 
     @property
     def reply(self) -> Reply:
-        return collect(self.deltas, thinking=self._thinks and self.request.show_reasoning)
+        return collect(self.said, thinking=self._thinks and self.request.show_reasoning)
+
+    @property
+    def said(self) -> list[Delta]:
+        """The deltas of a whole reply: without a call that a stop string cut off, whose reason would not say so."""
+        if self.reason != "stop" or self._num(ToolCallStart) == self._num(ToolCallEnd):
+            return self.deltas
+        return self.deltas[: max(i for i, d in enumerate(self.deltas) if isinstance(d, ToolCallStart))]
 
     @property
     def completion_tokens(self) -> int:
@@ -225,8 +232,10 @@ class Answer:
     @property
     def has_calls(self) -> bool:
         """Whether tools are called, and every call is whole."""
-        begun = sum(isinstance(d, ToolCallStart) for d in self.deltas)
-        return begun > 0 and begun == sum(isinstance(d, ToolCallEnd) for d in self.deltas)
+        return 0 < self._num(ToolCallStart) == self._num(ToolCallEnd)
+
+    def _num(self, kind: type[Delta]) -> int:
+        return sum(isinstance(d, kind) for d in self.deltas)
 
 
 def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage:

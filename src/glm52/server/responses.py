@@ -302,7 +302,7 @@ class Writer:
         return self._event("response.output_text.delta", content_index=0, delta=text, logprobs=new)
 
     def end(self, answer: Answer) -> list[Frame]:
-        is_cut = answer.reason in _CUT
+        is_cut = answer.reason in _CUT or str(self._open).startswith("call")  # whose end would have closed it
         frames = self._close_item(is_cut=is_cut)
         if not self.response["output"]:
             frames += [*self._open_message(), *self._close_item(is_cut=is_cut)]
@@ -326,7 +326,7 @@ class Writer:
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
         for answer in answers:
-            self.more(answer, answer.deltas, answer.logprobs)
+            self.more(answer, answer.said, answer.logprobs)
             self.end(answer)
         self.close(answers, usage)
         return self.response
