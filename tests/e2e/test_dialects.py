@@ -556,6 +556,34 @@ def test_errors_come_in_the_envelope_of_the_dialect(script: Script, http: httpx.
         assert reply.status_code == 500 and "broken" in _said(path, reply.json())[0]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/messages", {"stop_sequences": ["a", ""]}, "stop_sequences"),
+        ("/v1/messages", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/messages", {"output_format": {"type": "text"}}, "output_format"),
+        ("/v1/messages", {"output_config": {"format": {"type": "text"}}}, "output_config.format"),
+        ("/v1/chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/chat/completions", {"logit_bias": {"5": 101}}, "logit_bias"),
+        ("/v1/chat/completions", {"logit_bias": {"five": 1}}, "logit_bias"),
+        ("/v1/chat/completions", {"stop": ""}, "stop"),
+        ("/api/paas/v4/chat/completions", {"stop": [""]}, "stop"),
+        ("/v1/responses", {"max_output_tokens": 0}, "max_output_tokens"),
+        ("/v1/responses", {"top_logprobs": 21}, "top_logprobs"),
+        ("/v1/completions", {"logprobs": 21, "echo": True}, "logprobs"),
+        ("/v1/completions", {"prompt": ["Hi", ""]}, "prompt"),
+    ],
+)
+def test_a_wrong_field_is_named_as_the_client_wrote_it(http: httpx.Client, path: str, fields: Any, param: str) -> None:
+    """They were called what the engine calls them."""
+    reply = http.post(path, json=PATHS[path] | fields)
+    message, _ = _said(path, reply.json())
+    assert reply.status_code == 400 and message.startswith(f"{param}: expected ")
+    assert reply.json()["error"].get("param") == (None if "messages" in path else param)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_an_error_in_mid_stream_is_an_event(script: Script, http: httpx.Client, path: str) -> None:
     script.text, script.error = "</think>Half a", "broken"

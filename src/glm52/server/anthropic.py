@@ -75,7 +75,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         model=b.model or "",
         messages=[*system, *(m for i, given in enumerate(b.messages) for m in _messages(given, f"messages.{i}"))],
         params=sampling(b, defaults, coding=b.mode == "coding", max_tokens=b.max_tokens,
-                        stop=tuple(b.stop_sequences or ())),
+                        stop=tuple(b.stop_sequences or ()), names={"stop": "stop_sequences"}),
         thinking=thinking.read(b),
         show_reasoning=thinking.is_shown(b),
         tools=tools,
@@ -106,9 +106,10 @@ def _structure(body: MessagesBody) -> Grammar | None:
     form = body.output_format or (body.output_config and body.output_config.format)
     if not form:
         return None
+    at = "output_format" if body.output_format else "output_config.format"
     if form.get("type") != "json_schema":
-        raise RequestError("output_format: expected type json_schema with a schema", param="output_format")
-    return Grammar.structured("json_schema", form.get("schema"), param="output_format.schema")
+        raise RequestError(f"{at}: expected type json_schema with a schema", param=at)
+    return Grammar.structured("json_schema", form.get("schema"), param=f"{at}.schema")
 
 
 # ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────

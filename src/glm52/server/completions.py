@@ -81,6 +81,8 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> tuple[str 
     prompts: tuple[Any, ...] = (given,) if is_one else tuple(given)
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, found {len(prompts)}", param="prompt")
+    if not all(prompts):
+        raise RequestError("prompt: expected at least one token to continue, found an empty text", param="prompt")
     return prompts
 
 

@@ -115,15 +115,17 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
 def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
     if not chat.messages:
         raise RequestError("messages: expected at least one message, found none", param="messages")
-    limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
+    length = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
     tools, skipped = _tools(chat)
     choice = tool_choice(chat.tool_choice, tools)
     return ChatRequest(
         model=chat.model or "",
         messages=[_message(m, f"messages.{i}") for i, m in enumerate(chat.messages)],
         params=sampling(
-            chat, defaults, coding=chat.mode == "coding", max_tokens=limit, stop=stop_strings(chat.stop),
-            logit_bias=token_bias(chat), logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+            chat, defaults, coding=chat.mode == "coding", max_tokens=getattr(chat, length),
+            stop=stop_strings(chat.stop), logit_bias=token_bias(chat),
+            logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+            names={"max_tokens": length, "logprobs": "top_logprobs"},
         ),
         thinking=thinking.read(chat),
         show_reasoning=thinking.is_shown(chat),

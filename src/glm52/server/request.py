@@ -70,13 +70,20 @@ class Sampling(Body):
     seed: int | None = None
 
 
-def sampling(body: Sampling, defaults: Defaults, *, coding: bool = False, **more: Any) -> SamplingParams:
-    """Given fields before those of coding mode before the checkpoint's. more: fields that are the dialect's own."""
+def sampling(
+    body: Sampling, defaults: Defaults, *, coding: bool = False, names: Mapping[str, str] | None = None, **more: Any
+) -> SamplingParams:
+    """Given fields before those of coding mode before the checkpoint's. more: fields that are the dialect's own. names:
+    what the client calls those that the engine calls otherwise."""
     given = {name: getattr(body, name) for name in Sampling.model_fields}
     own = {n: defaults[n] for n in ("temperature", "top_p", "top_k") if defaults.get(n) is not None}
     known = own | (CODING_SAMPLING if coding else {}) | {k: v for k, v in given.items() if v is not None}
     known |= {"top_k": 0} if known.get("top_k") == -1 else {}  # vLLM's way to say all
-    return SamplingParams(**known, **{k: v for k, v in more.items() if v is not None})
+    try:
+        return SamplingParams(**known, **{k: v for k, v in more.items() if v is not None})
+    except RequestError as error:
+        name = (names or {}).get(error.param or "", error.param)
+        raise RequestError(str(error).replace(f"{error.param}: ", f"{name}: ", 1), param=name) from error
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
