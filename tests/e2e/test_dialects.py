@@ -584,6 +584,14 @@ def test_a_wrong_field_is_named_as_the_client_wrote_it(http: httpx.Client, path:
     assert reply.json()["error"].get("param") == (None if "messages" in path else param)
 
 
+@pytest.mark.parametrize("path", [p for p in PATHS if p != "/v1/completions"])
+def test_a_client_may_want_its_loops(script: Script, http: httpx.Client, path: str) -> None:
+    for fields, ends in (({}, True), ({"repetition_detection": True}, True), ({"repetition_detection": False}, False)):
+        reply = http.post(path, json=PATHS[path] | fields)
+        assert reply.status_code == 200 and "x-glm52-ignored" not in reply.headers
+        assert (script.params[-1].repetition is not None) is ends
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_an_error_in_mid_stream_is_an_event(script: Script, http: httpx.Client, path: str) -> None:
     script.text, script.error = "</think>Half a", "broken"

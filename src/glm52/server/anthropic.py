@@ -58,6 +58,7 @@ class MessagesBody(Sampling, thinking.ThinkingFields):
     tools: list[_Tool] | None = None
     tool_choice: Json | None = None
     stop_sequences: list[str] | None = None
+    repetition_detection: bool | None = None
     output_format: Json | None = None
     stream: bool | None = None
     metadata: Json | None = None
@@ -83,6 +84,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         parallel_calls=not (b.tool_choice or {}).get("disable_parallel_tool_use"),
         structure=_structure(b),
         stream=bool(b.stream),
+        ends_loops=b.repetition_detection is not False,
         ignored=(*sorted(b.model_extra or ()), *skipped),
     )  # fmt: skip
 

@@ -103,6 +103,7 @@ class ChatBody(SharedBody, thinking.ThinkingFields):
     response_format: _Format | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    repetition_detection: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
@@ -134,6 +135,7 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
         parallel_calls=chat.parallel_tool_calls is not False,
         structure=_structure(chat),
         stream=bool(chat.stream),
+        ends_loops=chat.repetition_detection is not False,
         include_usage=wants_usage(chat),
         n=num_answers(chat),
         ignored=(*sorted(chat.model_extra or ()), *skipped),

@@ -105,8 +105,9 @@ class ChatRequest:
     """A conversation to continue, or ``prompts`` (texts or token ids) to continue as they stand.
 
     structure: the form the answer must have. ignored: fields of the body that were accepted and have no meaning here.
-    n: answers for each prompt. request_id: the client's own. show_reasoning: whether it wants to see it. whole_calls:
-    calls are streamed complete. raw: what the dialect wants to remember of the body for its answer."""
+    ends_loops: whether a reply that goes round in circles is ended. n: answers for each prompt. request_id: the
+    client's own. show_reasoning: whether it wants to see it. whole_calls: calls are streamed complete. raw: what the
+    dialect wants to remember of the body for its answer."""
 
     model: str
     params: SamplingParams
@@ -122,6 +123,7 @@ class ChatRequest:
     show_reasoning: bool = True
     whole_calls: bool = False
     echo: bool = False
+    ends_loops: bool = True
     n: int = 1
     request_id: str | None = None
     ignored: tuple[str, ...] = ()
@@ -161,7 +163,8 @@ def guided(request: ChatRequest) -> SamplingParams:
             answer=grammar, param="tools" if choice.kind in ("auto", "none") else "tool_choice",
         )  # fmt: skip
     budget = request.thinking.budget if request.thinking.enabled else None
-    return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=Repetition())
+    repetition = Repetition() if request.ends_loops else None
+    return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=repetition)
 
 
 class ContextOverflow(RequestError):

@@ -69,6 +69,7 @@ class ResponsesBody(Sampling, thinking.ThinkingFields):
     input: str | list[Json]
     instructions: str | None = None
     max_output_tokens: int | None = None
+    repetition_detection: bool | None = None
     tools: list[_Tool] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
@@ -114,6 +115,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         parallel_calls=b.parallel_tool_calls is not False,
         structure=_structure(b),
         stream=bool(b.stream),
+        ends_loops=b.repetition_detection is not False,
         ignored=(*sorted(b.model_extra or ()), *skipped, *unsaid),
         raw=body | {"encrypted": "reasoning.encrypted_content" in include},
     )  # fmt: skip
