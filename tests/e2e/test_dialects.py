@@ -411,6 +411,14 @@ def test_refusals_are_what_was_said(script: Script, http: httpx.Client) -> None:
         assert "</think>no way<|user|>" in script.prompts[-1]
 
 
+@pytest.mark.parametrize("kind", ["thinking", "redacted_thinking", "text"])
+def test_parts_without_words_say_nothing(script: Script, http: httpx.Client, kind: str) -> None:
+    parts = [{"type": kind, "thinking": "another model's", "text": None}, {"type": "text", "text": "no way"}]
+    turns = [*USER, {"role": "assistant", "content": parts}, *USER]
+    assert http.post("/v1/chat/completions", json={"messages": turns, "max_tokens": 9}).status_code == 200
+    assert "</think>no way<|user|>" in script.prompts[-1]
+
+
 def test_line_ends_of_unicode_end_no_line_of_an_event(script: Script, http: httpx.Client) -> None:
     script.text = "</think>a\u2028b\u2029c\x85d"
     body = {"messages": USER, "max_tokens": 99, "stream": True}

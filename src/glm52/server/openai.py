@@ -33,6 +33,8 @@ from glm52.server.request import (
 from glm52.tokenizer import Tokenizer
 
 MAX_ANSWERS = 8
+# Parts that say nothing where they have no text: thoughts of other models are theirs.
+_WORDLESS_PARTS = ("text", "thinking", "redacted_thinking", "reasoning")
 # Parts without text that the template has words for.
 _TEMPLATE_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "tool_reference")
 _Kind = Literal["json_schema", "regex", "grammar", "choice"]
@@ -159,6 +161,8 @@ def _part(part: Json, where: str) -> Json:
     text = part.get("text", part.get("refusal"))
     if isinstance(text, str):
         return {"type": "text", "text": text}
+    if part["type"] in _WORDLESS_PARTS:
+        return {"type": "text", "text": ""}
     if part["type"] not in _TEMPLATE_PARTS:
         raise RequestError(f"{where}: expected text, found a part of the type {part['type']!r}; send its text",
                            param=where)  # fmt: skip
