@@ -5,7 +5,7 @@ silently change the model is an error, and of keys that contradict each other th
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from glm52.errors import ConfigError
 FULL, SHARED = "full", "shared"
 DENSE, SPARSE = "dense", "sparse"
 CACHE_GROUP = 128  # values of an FP8 cache row that share a scale
-
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_LARGEST = (1 << 31) - 1  # of integers: kernels hold them in 32 bits
+_MOST_LAYERS = 1000
 
 # Keys that would change what is computed, and the one value that this package computes.
 _ONLY = {
@@ -92,7 +94,7 @@ class GLMConfig:
             raise ConfigError(f"{path}: expected a model folder with a config.json, found none")
         try:
             data = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid JSON ({error}); fetch the file again") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{file}: expected a JSON object, found {type(data).__name__}")
@@ -201,23 +203,32 @@ class GLMConfig:
     def _check(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(f"{f.name}: expected an integer >= 0, found {value!r}")
+            if f.type is int:
+                _integer(f.name, value)
+            elif f.type is float and (type(value) not in (int, float) or not 0 < value < 1e30):
+                raise ConfigError(f"{f.name}: expected a number above 0 and below 1e30, found {value!r}")
+            elif f.type is bool and not isinstance(value, bool):
+                raise ConfigError(f"{f.name}: expected true or false, found {value!r}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank",
-                     "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_topk"):  # fmt: skip
+                     "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_topk",
+                     "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.qk_rope_head_dim % 2 or self.index_head_dim < self.qk_rope_head_dim:
             raise ConfigError(f"qk_rope_head_dim: expected an even number up to index_head_dim {self.index_head_dim}, "
                               f"found {self.qk_rope_head_dim}")  # fmt: skip
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(f"num_experts_per_tok: expected at most n_routed_experts {self.n_routed_experts}, "
+        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ConfigError(f"num_experts_per_tok: expected 1 to n_routed_experts {self.n_routed_experts}, "
                               f"found {self.num_experts_per_tok}")  # fmt: skip
         if (self.n_group, self.topk_group) != (1, 1):
             raise ConfigError(f"n_group, topk_group: expected 1, 1 (GLM groups no experts), "
                               f"found {self.n_group}, {self.topk_group}")  # fmt: skip
         if self.num_nextn_predict_layers > 1:
             raise ConfigError(f"num_nextn_predict_layers: expected 0 or 1, found {self.num_nextn_predict_layers}")
+        for token in self.eos_token_id:
+            _integer("eos_token_id", token, most=self.vocab_size - 1)
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The official config.json, with every key that other engines read."""
@@ -261,7 +272,8 @@ def _rope_theta(data: Mapping[str, Any]) -> float:
                           f"{rope!r}; without it positions would silently use another base")  # fmt: skip
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(f"rope_parameters.rope_type: expected 'default', found {rope['rope_type']!r}")
-    return float(rope["rope_theta"])
+    theta: float = rope["rope_theta"]
+    return theta
 
 
 def _by_frequency(layers: int, freq: int, offset: int) -> tuple[str, ...]:
@@ -274,26 +286,37 @@ def _freq_offset(types: tuple[str, ...]) -> tuple[int, int] | None:
     return next(((f, o) for f, o in candidates if _by_frequency(len(types), f, o) == types), None)
 
 
+def _integer(name: str, value: Any, least: int = 0, most: int = _LARGEST) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name}: expected an integer from {least} to {most}, found {value!r}")
+    return value
+
+
+def _names(data: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    found = data.get(key)
+    if found is None:
+        return None
+    if not isinstance(found, Sequence) or not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"{key}: expected a list of strings, found {found!r}")
+    return tuple(found)
+
+
 def _layers(data: Mapping[str, Any]) -> int:
-    layers = data.get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
-        raise ConfigError(f"num_hidden_layers: expected an integer >= 1, found {layers!r}")
-    return layers
+    return _integer("num_hidden_layers", data.get("num_hidden_layers"), 1, _MOST_LAYERS)
 
 
 def _indexer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
     layers = _layers(data)
-    explicit, pattern = data.get("indexer_types"), data.get("index_topk_pattern")
-    if explicit is not None:
-        types = tuple(explicit)
-    elif pattern is not None:
+    types, pattern = _names(data, "indexer_types"), _names(data, "index_topk_pattern")
+    if types is None and pattern is not None:
         types = tuple({"F": FULL, "S": SHARED}.get(letter, letter) for letter in pattern)
-    else:
-        freq = data.get("index_topk_freq")
-        offset = data.get("index_skip_topk_offset")
-        if freq is not None and (not isinstance(freq, int) or freq < 1):
-            raise ConfigError(f"index_topk_freq: expected an integer >= 1, found {freq!r}")
-        types = _by_frequency(layers, 1 if freq is None else freq, 2 if offset is None else offset)
+    elif types is None:
+        freq, offset = data.get("index_topk_freq"), data.get("index_skip_topk_offset")
+        types = _by_frequency(
+            layers,
+            1 if freq is None else _integer("index_topk_freq", freq, 1),
+            2 if offset is None else _integer("index_skip_topk_offset", offset),
+        )
     if len(types) != layers or set(types) - {FULL, SHARED}:
         raise ConfigError(f"indexer_types: expected {layers} times 'full' or 'shared', found {len(types)} entries "
                           f"with values {sorted(set(map(str, types)))}")  # fmt: skip
@@ -304,11 +327,11 @@ def _indexer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _mlp_layer_types(data: Mapping[str, Any]) -> tuple[str, ...]:
     layers = _layers(data)
-    explicit = data.get("mlp_layer_types")
-    if explicit is None:
-        dense = data.get("first_k_dense_replace") or 0
+    types = _names(data, "mlp_layer_types")
+    if types is None:
+        dense = data.get("first_k_dense_replace")
+        dense = 0 if dense is None else _integer("first_k_dense_replace", dense)
         return tuple(DENSE if i < dense else SPARSE for i in range(layers))
-    types = tuple(explicit)
     if len(types) != layers or set(types) - {DENSE, SPARSE}:
         raise ConfigError(f"mlp_layer_types: expected {layers} times 'dense' or 'sparse', found {len(types)} entries")
     return types

@@ -8,7 +8,7 @@ import torch
 from glm52 import ops
 from glm52.cache import CacheFormat
 from glm52.checkpoint import Checkpoint, read_parameters, write_checkpoint
-from glm52.config import GLMConfig
+from glm52.config import DTYPES, GLMConfig
 from glm52.errors import ConfigError
 from glm52.model import GLM
 from glm52.native import NativeGLM
@@ -16,7 +16,7 @@ from glm52.quant import WeightFormat
 
 # Below this size a model is computed in f32 unless told otherwise: it costs little and rounds less.
 _SMALL_BYTES = 1 << 30
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 def load(folder: Path, *, dtype: torch.dtype | None = None) -> GLM:

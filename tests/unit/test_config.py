@@ -88,6 +88,39 @@ def test_wrong_configurations_name_the_field(changes: dict[str, Any], named: str
         GLMConfig.from_dict(official(**changes))
 
 
+_HUGE, _NAN, _INFINITE = 10**400, float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("indexer_types", [1.5, True, 5, {}, [1], [[]]]),
+        ("mlp_layer_types", [1.5, True, 5, {}, [1], [[]]]),
+        ("index_topk_pattern", [1.5, True, [[]], [{}]]),
+        ("index_topk_freq", ["x", [], 1.5, True, 0]),
+        ("index_skip_topk_offset", ["x", [], {}, 1.5, True, -1]),
+        ("first_k_dense_replace", ["x", [1], {"a": 1}, 1.5, True, -1]),
+        ("num_hidden_layers", [True, 10**9, _HUGE]),
+        ("num_experts_per_tok", [0, True]),
+        ("index_topk", [0, 1 << 31, _HUGE]),
+        ("max_position_embeddings", [0]),
+        ("rms_norm_eps", ["x", [], True, 0, -1, _NAN, _INFINITE, _HUGE]),
+        ("routed_scaling_factor", ["x", [], True, 0, -1, _NAN, _INFINITE, _HUGE]),
+        ("rope_theta", [True, 0, -1, _NAN, _INFINITE, _HUGE]),
+        ("norm_topk_prob", ["no", 1, []]),
+        ("eos_token_id", ["a", ["a"], {"a": 1}, [[1]], [1.5], -1, True, 154_880, _HUGE]),
+        ("dtype", [5, [], "float99"]),
+    ],
+)
+def test_values_of_the_wrong_kind_name_the_field(key: str, values: list[Any]) -> None:
+    """Some were a traceback, now or when the weights were loaded; others computed something else in silence."""
+    without = {"indexer_types": ..., "mlp_layer_types": ...} if key.startswith(("index_", "first_")) else {}
+    for value in values:
+        changes = {"rope_parameters": {key: value}} if key == "rope_theta" else {key: value}
+        with pytest.raises(ConfigError, match=f"^{key}: expected"):
+            GLMConfig.from_dict(official(**without | changes))
+
+
 def test_what_is_written_is_read_back() -> None:
     for config in (GLMConfig.preset("glm-5.2"), GLMConfig.preset("glm-5.1"), GLMConfig.read(NANO)):
         assert GLMConfig.from_dict(config.to_dict()) == config
@@ -100,6 +133,9 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         GLMConfig.read(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="JSON"):
+        GLMConfig.read(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="JSON"):
         GLMConfig.read(tmp_path)
     (tmp_path / "config.json").write_text("[]")
