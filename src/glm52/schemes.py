@@ -123,8 +123,8 @@ class Quantization:
         for pattern in (*ignored, *(t for targets, _ in schemes for t in targets)):
             try:
                 re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
-                raise CheckpointError(f"quantization_config: {pattern!r} is not a pattern ({error})") from error
+            except (re.error, RecursionError, OverflowError) as error:
+                raise CheckpointError(f"quantization_config: {pattern[:80]!r} is not a pattern ({error})") from error
         return Quantization(method, tuple(schemes), tuple(ignored))
 
 
@@ -153,13 +153,22 @@ def _group(config: Mapping[str, Any], key: str, at: str = "") -> int:
     return found
 
 
+def _names(config: Mapping[str, Any], key: str, at: str = "") -> list[str]:
+    """Names of modules, or patterns: a list, or the keys of an object."""
+    found = config.get(key) or []
+    if not isinstance(found, list | tuple | Mapping) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"quantization_config.{at}{key}: expected a list of strings, found {found!r}; get "
+                              "config.json again")  # fmt: skip
+    return list(found)
+
+
 _Parsed = tuple[list[tuple[tuple[str, ...], Scheme]], list[str]]
 
 
 def _fp8(config: Mapping[str, Any]) -> _Parsed:
     _choice(config, "fmt", ("e4m3",), "e4m3")
     _choice(config, "weight_block_size", ([128, 128],))
-    return [(("Linear",), BLOCK_FP8)], list(config.get("modules_to_not_convert") or ())
+    return [(("Linear",), BLOCK_FP8)], _names(config, "modules_to_not_convert")
 
 
 def _awq(config: Mapping[str, Any]) -> _Parsed:
@@ -168,7 +177,7 @@ def _awq(config: Mapping[str, Any]) -> _Parsed:
     _choice(config, "zero_point", (True,), True)
     group = _group(config, "group_size" if "group_size" in config else "q_group_size")
     scheme = Scheme(values="awq", format="int4", group=group, zeros=True)
-    return [(("Linear",), scheme)], list(config.get("modules_to_not_convert") or ())
+    return [(("Linear",), scheme)], _names(config, "modules_to_not_convert")
 
 
 def _gptq(config: Mapping[str, Any]) -> _Parsed:
@@ -177,8 +186,8 @@ def _gptq(config: Mapping[str, Any]) -> _Parsed:
     version = _choice(config, key, ("gptq", "gptq_v2"), "gptq")
     scheme = Scheme(values="gptq", format="int4", group=_group(config, "group_size"), zeros=True,
                     zero_offset=1 if version == "gptq" else 0)  # fmt: skip
-    ignored = list(config.get("modules_to_not_convert") or ())
-    for pattern in config.get("dynamic") or ():
+    ignored = _names(config, "modules_to_not_convert")
+    for pattern in _names(config, "dynamic"):
         if not pattern.startswith("-:"):
             raise CheckpointError(f"quantization_config.dynamic: expected exclusions ('-:...'), found {pattern!r}; "
                                   "modules with settings of their own are not read")  # fmt: skip
@@ -193,16 +202,19 @@ def _compressed(config: Mapping[str, Any]) -> _Parsed:
             raise CheckpointError(f"quantization_config.{key}: expected none, found {found!r}; get the checkpoint "
                                   "without it")  # fmt: skip
     schemes = []
-    for name, group in (config.get("config_groups") or {}).items():
+    groups = config.get("config_groups") or {}
+    if not isinstance(groups, Mapping):
+        raise CheckpointError(f"quantization_config.config_groups: expected an object, found {groups!r}")
+    for name, group in groups.items():
         at = f"config_groups.{name}."
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             raise CheckpointError(f"quantization_config.{at}weights: expected an object, found {weights!r}")
         where = group if group.get("format") else config
-        schemes.append((tuple(group.get("targets") or ()), _compressed_scheme(where, weights, at)))
+        schemes.append((tuple(_names(group, "targets", at)), _compressed_scheme(where, weights, at)))
     if not schemes:
         raise CheckpointError("quantization_config.config_groups: expected at least one group, found none")
-    return schemes, list(config.get("ignore") or ())
+    return schemes, _names(config, "ignore")
 
 
 def _compressed_scheme(where: Mapping[str, Any], weights: Mapping[str, Any], at: str) -> Scheme:
