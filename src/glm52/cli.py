@@ -6,9 +6,10 @@ import importlib
 import logging
 import os
 import sys
+from typing import NoReturn
 
 from glm52 import __version__
-from glm52.errors import GLMError
+from glm52.errors import GLMError, RequestError
 
 _COMMANDS = {
     "chat": ("glm52.terminal", "talk to a model in the terminal"),
@@ -22,40 +23,54 @@ _COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one line, without the list of all options above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command -> exit code: 0 done, 1 failed, 2 asked wrongly, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="glm52", description="GLM-5.2: run, serve, explain and train it.")
+    named = next((a for a in argv if not a.startswith("-")), None)
+    level = os.environ.get("GLM52_LOG", "warning").upper()
+    try:
+        return _run(argv, named, level)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (GLMError, OSError, MemoryError) as error:
+        if level == "DEBUG":
+            raise
+        name = f"glm52 {named}" if named in _COMMANDS else "glm52"
+        print(f"{name}: {str(error) or 'there is not enough memory'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str], named: str | None, level: str) -> int:
+    for at, argument in enumerate(argv):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{' '.join(argv[max(at - 1, 0) : at + 1])!a}: expected text in UTF-8") from error
+    parser = _Parser(prog="glm52", description="GLM-5.2: run, serve, explain and train it.")
     parser.add_argument("--version", action="version", version=f"glm52 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    named = next((a for a in argv if not a.startswith("-")), None)
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == named:
-            try:
-                importlib.import_module(module).add_arguments(command)
-            except GLMError as error:  # what the environment asks of the kernels
-                command.error(str(error))
+            importlib.import_module(module).add_arguments(command)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
-    level = os.environ.get("GLM52_LOG", "warning").upper()
     if level not in logging.getLevelNamesMapping():
-        parser.error(f"GLM52_LOG: expected debug, info, warning or error, found {level.lower()}")
+        raise RequestError(f"GLM52_LOG: expected debug, info, warning or error, found {level.lower()}")
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        return int(importlib.import_module(_COMMANDS[args.command][0]).run(args))
-    except GLMError as error:
-        if level == "DEBUG":
-            raise
-        print(f"glm52 {args.command}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return int(importlib.import_module(_COMMANDS[args.command][0]).run(args))
 
 
 if __name__ == "__main__":
