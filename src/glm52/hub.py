@@ -17,6 +17,8 @@ def resolve(model: str | None) -> Path:
                 "this copy of glm52 was built without its small model; name a folder of a GLM-5 checkpoint"
             )
         return NANO
+    if not model:  # which, as a path, would be the current folder
+        raise ConfigError("model: expected a folder or a name, found nothing; the current folder is .")
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from glm52.config import GLMConfig
-from glm52.errors import CheckpointError, ConfigError
+from glm52.errors import CheckpointError
 from glm52.headers import INDEX, SINGLE, TensorInfo, read_headers
 from glm52.hub import resolve
+from glm52.options import integer
 from glm52.schemes import Quantization
 
 _GIB = 1 << 30
@@ -19,17 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", help="folder, hub name or preset (default: the small model that is shipped)"
     )
-    parser.add_argument("--context", type=int, help="context length for costs (default: the model's longest)")
+    parser.add_argument("--context", type=integer(1), help="context length for costs (default: the model's longest)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     folder = _folder(args.model)
     config = GLMConfig.read(folder) if folder else GLMConfig.preset(args.model)
-    context = config.max_position_embeddings if args.context is None else args.context
-    if context < 1:
-        raise ConfigError(f"--context: expected at least 1 token, found {context}")
-    report = describe(config, context)
+    report = describe(config, args.context or config.max_position_embeddings)
     if folder and ((folder / SINGLE).exists() or (folder / INDEX).exists()):
         report["checkpoint"] = describe_checkpoint(folder, config)
     print(json.dumps(report, indent=1) if args.json else render(args.model or "nano", report))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm52.errors import PlanError
+from glm52.options import integer
 
 MODEL = "zai-org/GLM-5.2-FP8"
 
@@ -37,15 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("server", choices=["vllm", "sglang"])
     add("model", nargs="?", default=MODEL, help=f"folder or hub name of a GLM-5.2 checkpoint (default: {MODEL})")
     add("--gpu", choices=GPUS, default="h200", help="default: h200")
-    add("--tensor-parallel-size", "--tp", type=int, default=8, metavar="N", help="GPUs (default: 8)")
+    add("--tensor-parallel-size", "--tp", type=integer(1, 1024), default=8, metavar="N",
+        help="GPUs (default: 8)")  # fmt: skip
     add("--kv-cache-dtype", metavar="TYPE", help="default: what the recipe has for the GPU")
-    add("--drafts", type=int, default=5, help="tokens the MTP layer drafts per step; 0: none (default: 5)")
-    add("--max-model-len", type=int, metavar="N", help="the longest context (default: the server's)")
+    add("--drafts", type=integer(0, 64), default=5,
+        help="tokens the MTP layer drafts per step; 0: none (default: 5)")  # fmt: skip
+    add("--max-model-len", type=integer(1), metavar="N", help="the longest context (default: the server's)")
     add("--served-model-name", default="glm-5.2", metavar="NAME", help="default: glm-5.2")
     add("--tool-call-parser", default="glm47", help="default: glm47, which GLM-5's calls need")
     add("--reasoning-parser", default="glm45", help="default: glm45")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    add("--port", type=int, default=8001, help="default: 8001, so that glm52 serve --upstream can have 8000")
+    add("--port", type=integer(1, 65_535), default=8001,
+        help="default: 8001, so that glm52 serve --upstream can have 8000")  # fmt: skip
     add("--exec", action="store_true", help="run the command instead of printing it")
 
 

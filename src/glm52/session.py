@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,12 @@ class Session:
         pay. prefix_cache: where pages of the cache outlive the process."""
         config = GLMConfig.read(folder)
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        most = memory // config.cache_bytes("fp8")
+        if context is not None and not 64 <= context <= most:
+            raise RequestError(f"--context: expected 64 to {most} rows of the cache, more than which this machine's "
+                               f"{memory / 1e9:.0f} GB cannot hold, found {context}")  # fmt: skip
         model = load_for_inference(folder, fmt, cache)
-        if context is not None and context < 64:
-            raise RequestError(f"--context: expected at least 64 tokens, found {context}")
         engine = Engine(
             model,
             num_rows=context or min(config.max_position_embeddings, 32_768),

@@ -24,6 +24,7 @@ from glm52.chat import (
 from glm52.engine import Repetition, SamplingParams
 from glm52.errors import GLMError
 from glm52.hub import resolve
+from glm52.options import integer, number
 from glm52.session import Session, add_format_argument
 
 HELP = """\
@@ -49,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--think", choices=("on", "off"), default="on")
     parser.add_argument("--effort", choices=("high", "max"), default="max")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest reply (default: 1024)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
+    parser.add_argument("--max-tokens", type=integer(1), default=1024, help="longest reply (default: 1024)")
+    parser.add_argument("--temperature", type=number(0, 2), help="0 is greedy (default: the model's)")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
+    parser.add_argument("--drafts", type=integer(0, 5),
+                        help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")  # fmt: skip
     add_format_argument(parser)
 
 

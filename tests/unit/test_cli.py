@@ -64,6 +64,9 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--port", "99999"], "--port"),
         (["serve", "--prefix-cache-size", "9"], "--prefix-cache too"),
         (["train", "nothing.py", "--data", "x", "--out", "y"], "nothing.py"),
+        (["serve", "--context", "2147483647"], "--context: expected 64 to"),
+        (["serve", "--prefix-cache", ""], "--prefix-cache: expected a path"),
+        (["inspect", ""], "model: expected a folder or a name"),
         (["chat", "--frobnicate"], "--frobnicate"),
         (["dance"], "'dance'"),
         (["data", "build"], "--out"),
@@ -78,6 +81,32 @@ def test_mistakes_are_answered_in_one_line(args: list[str], word: str, capsys: p
     assert cli.main(args) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("serve", "--context", ["63", str(10**14), "9" * 5000, "1e3", ""]),
+        ("serve", "--port", ["-1", "65536"]),
+        ("serve", "--max-batch-tokens", ["0", "-7"]),
+        ("chat", "--temperature", ["nan", "inf", "-1", "2.1", "warm"]),
+        ("chat", "--drafts", ["6"]),
+        ("chat", "--max-tokens", ["0"]),
+        ("inspect", "--context", ["0", "1" + "0" * 400]),
+        ("launch", "--drafts", ["-3"]),
+        ("launch", "--port", ["99999999"]),
+        ("launch", "--max-model-len", ["-5"]),
+        ("launch", "--tensor-parallel-size", ["-8", "0"]),
+    ],
+)
+def test_numbers_out_of_range_name_the_option(
+    command: str, option: str, values: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some were a traceback, some were printed into the command of another server."""
+    for value in values:
+        assert cli.main([command, *["vllm"] * (command == "launch"), option, value]) == 2
+        error = capsys.readouterr().err
+        assert f"argument {option}" in error and "expected a" in error and error.count("\n") == 1
 
 
 def test_a_conversation_through_pipes(tmp_path: Path) -> None:

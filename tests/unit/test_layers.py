@@ -11,7 +11,7 @@ import glm52
 
 ROOT = Path(glm52.__file__).parent
 FLOORS = (
-    {"errors", "ids", "__init__"},
+    {"errors", "ids", "options", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "schemes", "cache", "chat", "shards"},
     {"ops", "layouts", "packing", "tasks", "inspect", "grammar", "launch"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = ("", ".errors", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".hub", ".pages", ".inspect", ".grammar",
+LIGHT = ("", ".errors", ".options", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".hub", ".pages", ".inspect", ".grammar",
          ".tasks", ".launch", ".cli")  # fmt: skip
 
 

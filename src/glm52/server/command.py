@@ -13,6 +13,7 @@ from glm52.config import GLMConfig
 from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import resolve
+from glm52.options import integer, number, some_path
 from glm52.server import foreign
 from glm52.server.connections import Server
 from glm52.server.limits import Keys, Limits
@@ -28,26 +29,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    add("--port", type=int, default=8000, help="default: 8000; 0 picks a free one")
+    add("--port", type=integer(0, 65_535), default=8000, help="default: 8000; 0 picks a free one")
     add("--served-model-name", action="append", metavar="NAME",
         help="name clients use; may be repeated, the first stands in replies (default: the folder's)")  # fmt: skip
     add("--api-key", action="append", default=[], metavar="KEY",
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
     add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
-    add("--context", "--max-model-len", type=int, help="cache rows shared by all requests")
-    add("--prefix-cache", type=Path, metavar="DIR",
+    add("--context", "--max-model-len", type=integer(64), help="cache rows shared by all requests")
+    add("--prefix-cache", type=some_path, metavar="DIR",
         help="keep pages of the cache here, so that they outlive restarts")  # fmt: skip
-    add("--prefix-cache-size", type=int, metavar="BYTES",
+    add("--prefix-cache-size", type=integer(1, 1 << 62), metavar="BYTES",
         help=f"what they may take (default: {PREFIX_CACHE_BYTES:,})")  # fmt: skip
-    add("--max-seqs", "--max-num-seqs", type=int, default=8, help="replies computed together (default: 8)")
-    add("--max-waiting", type=int, default=256, help="replies that may queue; more are refused (default: 256)")
-    add("--max-batch-tokens", "--max-num-batched-tokens", type=int, default=512,
+    add("--max-seqs", "--max-num-seqs", type=integer(1), default=8,
+        help="replies computed together (default: 8)")  # fmt: skip
+    add("--max-waiting", type=integer(0), default=256,
+        help="replies that may queue; more are refused (default: 256)")  # fmt: skip
+    add("--max-batch-tokens", "--max-num-batched-tokens", type=integer(1), default=512,
         help="tokens of one step (default: 512)")  # fmt: skip
-    add("--stream-every", type=float, metavar="MS",
+    add("--stream-every", type=number(0, 1000), metavar="MS",
         help=f"milliseconds between two events of a stream; tokens in between are joined to one event "
              f"(default: {STREAM_EVERY_MS:g}; 0: an event for each step)")  # fmt: skip
-    add("--deadline", type=float, metavar="SECONDS", help="the longest a request may take (default: no limit)")
-    add("--drafts", type=int, help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")
+    add("--deadline", type=number(0.001, 1e9), metavar="SECONDS",
+        help="the longest a request may take (default: no limit)")  # fmt: skip
+    add("--drafts", type=integer(0, 5),
+        help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")  # fmt: skip
     add("--mode", choices=["chat", "coding"], default="chat",
         help="coding: keep all reasoning, think with Max effort, sample cooler (default: chat)")  # fmt: skip
     add("--verbatim", action="store_true", help="leave clocks and meters in prompts as they are, though prefixes miss")
@@ -67,13 +72,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.prefix_cache_size is not None and args.prefix_cache is None:
         raise RequestError("--prefix-cache-size: expected --prefix-cache too; without it nothing is kept")
-    if args.stream_every is not None and not 0 <= args.stream_every <= 1000:
-        raise RequestError(f"--stream-every: expected 0 to 1000 milliseconds, found {args.stream_every:g}")
-    if args.max_seqs < 1 or args.max_waiting < 0:
-        raise RequestError(f"--max-seqs, --max-waiting: expected at least 1 and 0, found {args.max_seqs} and "
-                           f"{args.max_waiting}")  # fmt: skip
-    if args.deadline is not None and not 0 < args.deadline < float("inf"):
-        raise RequestError(f"--deadline: expected seconds, found {args.deadline:g}")
     listener = _bind(args.host, args.port)
     for note in foreign.notes(args):
         print(f"glm52 serve: {note}", file=sys.stderr)
