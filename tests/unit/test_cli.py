@@ -66,6 +66,10 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "nothing.py", "--data", "x", "--out", "y"], "nothing.py"),
         (["serve", "--context", "2147483647"], "--context: expected 64 to"),
         (["serve", "--prefix-cache", ""], "--prefix-cache: expected a path"),
+        (["serve", "--api-key", "schl\xfcssel"], "--api-key: expected printable ASCII"),
+        (["serve", "--host", "\udcff", "--insecure"], "expected text in UTF-8"),
+        (["serve", "--host", "x" * 64, "--insecure"], "--host"),
+        (["serve", "--upstream-key", "x"], "--upstream too"),
         (["inspect", ""], "model: expected a folder or a name"),
         (["chat", "--frobnicate"], "--frobnicate"),
         (["dance"], "'dance'"),
@@ -81,6 +85,22 @@ def test_mistakes_are_answered_in_one_line(args: list[str], word: str, capsys: p
     assert cli.main(args) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option", [("--upstream-key", "\xe9"), ("--prefix-cache", "x"), ("--max-batch-tokens", "9"), ("--context", "-3")]
+)
+def test_options_that_a_gateway_cannot_use(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """They had no effect, or the upstream server never got the key."""
+    assert cli.main(["serve", "nano", "--port", "0", "--upstream", "http://127.0.0.1:9", *option]) == 2
+    error = capsys.readouterr().err
+    assert option[0] in error and error.count("\n") == 1
+
+
+def test_files_of_keys_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "keys").write_bytes(b"one\n\xff\n")
+    assert cli.main(["serve", "--api-key", f"@{tmp_path / 'keys'}"]) == 2
+    assert f"--api-key: cannot read {tmp_path / 'keys'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

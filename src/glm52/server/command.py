@@ -23,6 +23,7 @@ from glm52.session import PREFIX_CACHE_BYTES, Session, add_format_argument, gene
 from glm52.tokenizer import Tokenizer
 
 STREAM_EVERY_MS = 33.0  # thirty pictures a second
+BATCH_TOKENS = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replies computed together (default: 8)")  # fmt: skip
     add("--max-waiting", type=integer(0), default=256,
         help="replies that may queue; more are refused (default: 256)")  # fmt: skip
-    add("--max-batch-tokens", "--max-num-batched-tokens", type=integer(1), default=512,
-        help="tokens of one step (default: 512)")  # fmt: skip
+    add("--max-batch-tokens", "--max-num-batched-tokens", type=integer(1),
+        help=f"tokens of one step (default: {BATCH_TOKENS})")  # fmt: skip
     add("--stream-every", type=number(0, 1000), metavar="MS",
         help=f"milliseconds between two events of a stream; tokens in between are joined to one event "
              f"(default: {STREAM_EVERY_MS:g}; 0: an event for each step)")  # fmt: skip
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.prefix_cache_size is not None and args.prefix_cache is None:
         raise RequestError("--prefix-cache-size: expected --prefix-cache too; without it nothing is kept")
+    if args.upstream_key is not None and args.upstream is None:
+        raise RequestError("--upstream-key: expected --upstream too; without it nobody wants the key")
     listener = _bind(args.host, args.port)
     for note in foreign.notes(args):
         print(f"glm52 serve: {note}", file=sys.stderr)
@@ -96,7 +99,7 @@ def _engine(args: argparse.Namespace, options: Options) -> Service:
     """A model that is computed here."""
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
-        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
+        max_batch_tokens=args.max_batch_tokens or BATCH_TOKENS, num_drafts=args.drafts, cache=args.kv_cache_dtype,
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=PREFIX_CACHE_BYTES if args.prefix_cache_size is None else args.prefix_cache_size,
     )  # fmt: skip
@@ -120,12 +123,15 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
         ("--drafts", args.drafts),
         ("--kv-cache-dtype", args.kv_cache_dtype),
         ("--stream-every", args.stream_every),
+        ("--prefix-cache", args.prefix_cache),
+        ("--max-batch-tokens", args.max_batch_tokens),
     ):
         if value not in (None, "auto"):
             raise RequestError(f"{flag}: the server at {args.upstream} computes, so this is for it to say")
+    key = None if args.upstream_key is None else _sendable(args.upstream_key, "--upstream-key")
     folder = resolve(args.model)
     tokenizer = Tokenizer.read(folder)
-    upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=args.upstream_key)
+    upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=key)
     upstream.meet()
     name, *aliases = args.served_model_name or [upstream.model or folder.name]
     return Service(
@@ -140,12 +146,20 @@ def _read_keys(given: Sequence[str]) -> list[str]:
     for key in given:
         try:
             lines = Path(key[1:]).read_text("utf-8").splitlines() if key.startswith("@") else [key]
-        except OSError as error:
-            raise RequestError(f"--api-key: cannot read {key[1:]} ({error.strerror})") from error
-        keys += [line.strip() for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--api-key: cannot read {key[1:]} ({error})") from error
+        keys += [_sendable(line.strip(), "--api-key") for line in lines if line.strip()]
     if given and not keys:
         raise RequestError("--api-key: expected at least one key, found none")
     return keys
+
+
+def _sendable(key: str, option: str) -> str:
+    """A key that a header carries as it is."""
+    odd = next((c for c in key if not " " <= c <= "~"), None)
+    if odd is not None:
+        raise RequestError(f"{option}: expected printable ASCII, which headers carry as it is, found {odd!a} in a key")
+    return key
 
 
 def _is_loopback(host: str) -> bool:
@@ -164,8 +178,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(512)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:  # of the address, or of its name
         raise RequestError(
-            f"--port: cannot listen on {host}:{port} ({error}); stop what uses it or choose another with --port"
+            f"--host, --port: cannot listen on {host}:{port} ({error}); stop what uses it or choose another with --port"
         ) from error
     return listener
