@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from tqdm import tqdm
 from glm52.cache import Spans
 from glm52.chat import Reply, Thinking, parse_reply
 from glm52.engine import Model, SamplingParams
+from glm52.errors import ConfigError
 from glm52.hub import resolve
+from glm52.options import integer, some_path
 from glm52.session import Session, add_format_argument
 from glm52.shards import Shards
 from glm52.tasks import TASKS
@@ -53,30 +54,47 @@ class Score:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated, NAME or NAME:LEVEL (default: all)")
+    parser.add_argument(
+        "--tasks", type=_levels, default=",".join(TASKS), help="comma-separated, NAME or NAME:LEVEL (default: all)"
+    )
     parser.add_argument("--thinking", choices=tuple(THINKING), default="max")
-    parser.add_argument("--items", type=int, default=100, help="examples of each task (default: 100)")
+    parser.add_argument("--items", type=integer(1), default=100, help="examples of each task (default: 100)")
     parser.add_argument("--dense", action="store_true", help="attend to every token instead of the indexer's selection")
     parser.add_argument(
-        "--text", type=Path, help="folder of token shards: also measure bits per byte of its .test buckets"
+        "--text", type=some_path, help="folder of token shards: also measure bits per byte of its .test buckets"
     )
-    parser.add_argument("--samples", type=int, default=0, help="print this many replies of each task")
+    parser.add_argument("--samples", type=integer(0), default=0, help="print this many replies of each task")
     parser.add_argument("--seed", type=int, default=0)
     add_format_argument(parser)
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--json", type=some_path, help="write the results here too")
+
+
+def _levels(text: str) -> dict[str, tuple[str, int | None]]:
+    """What --tasks names: tasks, each with a level or None, by what they were called."""
+    out: dict[str, tuple[str, int | None]] = {}
+    for item in filter(None, text.split(",")):
+        name, _, level = item.partition(":")
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(TASKS)}, found {name}")
+        if level and level not in map(str, range(TASKS[name].levels)):
+            raise argparse.ArgumentTypeError(
+                f"{name}: expected a level from 0 to {TASKS[name].levels - 1}, found {level}"
+            )
+        out[item] = name, int(level) if level else None
+    return out
 
 
 def run(args: argparse.Namespace) -> int:
+    shards = Shards(args.text, "--text") if args.text else None
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ConfigError(f"--json: expected a file in a folder that is there, found {args.json}")
     session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024, context=65_536,
                            cache=args.kv_cache_dtype)  # fmt: skip
     if args.dense:
         session.engine.model.index_topk = session.engine.context_length
     results: list[Score] = []
-    for item in filter(None, args.tasks.split(",")):
-        name, _, level = item.partition(":")
-        examples = held_out_examples(
-            name, args.items, args.seed, int(level) if level else None, THINKING[args.thinking]
-        )
+    for item, (name, level) in args.tasks.items():
+        examples = held_out_examples(name, args.items, args.seed, level, THINKING[args.thinking])
         replies = answer(session, examples)
         for sample in range(min(args.samples, len(examples))):
             print(f"  {examples[sample].messages[-1]['content'][-300:]!r} -> {replies[sample]}")
@@ -86,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     stats = session.engine.stats
     rates = [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True) if d]
     print(f"drafts accepted by depth: {', '.join(f'{r:.3f}' for r in rates) or 'none drafted'}")
-    text = bits_per_byte_of_shards(session, args.text) if args.text else {}
+    text = bits_per_byte_of_shards(session, shards) if shards else {}
     if args.json:
         payload: dict[str, Any] = {
             "scores": {s.name: {"mean": s.mean, "count": s.count, "interval": s.interval} for s in results},
@@ -130,9 +148,9 @@ def score_all(name: str, examples: list[Example], replies: list[Reply]) -> Itera
             yield Score(f"{name} {part}", sum(p[part] for p in parts) / len(parts), len(parts))
 
 
-def bits_per_byte_of_shards(session: Session, folder: Path) -> dict[str, dict[str, float]]:
+def bits_per_byte_of_shards(session: Session, shards: Shards) -> dict[str, dict[str, float]]:
     """Bits per byte of every held-out bucket, beside xz on the same text."""
-    shards, out = Shards(folder), {}
+    out = {}
     for name in (b for b in shards.buckets if b.endswith(".test")):
         bucket = shards.bucket(name)
         documents = [bucket.tokens[a:b].tolist() for a, b in zip(bucket.offsets, bucket.offsets[1:], strict=False)]

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from glm52.errors import ConfigError
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -31,16 +33,27 @@ class Bucket:
         return len(self.offsets) - 1
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest; ConfigError if it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder / MANIFEST}: not valid JSON ({error}); build the shards again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("buckets"), dict):
+        raise ConfigError(f"{folder / MANIFEST}: expected an object with an object buckets; build the shards again")
+    return manifest
+
+
 class Shards:
     """A folder written by ``glm52 data build``."""
 
-    def __init__(self, folder: Path) -> None:
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            raise ConfigError(f"--data: expected token shards with a manifest.json, found none in {folder}; "
+    def __init__(self, folder: Path, option: str = "--data") -> None:
+        """option: where the folder was named."""
+        if not (folder / MANIFEST).is_file():
+            raise ConfigError(f"{option}: expected token shards with a {MANIFEST}, found none in {folder}; "
                               "write one with: glm52 data build --out DIR")  # fmt: skip
         self.folder = folder
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text("utf-8"))
+        self.manifest = read_manifest(folder)
         self._open = lru_cache(maxsize=None)(self._read)
 
     @property
