@@ -23,7 +23,8 @@ from tqdm import tqdm
 from glm52 import tasks
 from glm52.chat import ChatTemplate, Thinking
 from glm52.errors import ConfigError
-from glm52.shards import write_bucket
+from glm52.options import integer, number, some_path
+from glm52.shards import MANIFEST, read_manifest, write_bucket
 from glm52.tasks.base import Bucket, Example
 from glm52.tasks.recall import KeyValue, Needle
 from glm52.tokenizer import Tokenizer
@@ -54,15 +55,25 @@ _SPLIT = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser("build", help="write token shards")
-    build.add_argument("--tokens", type=float, default=22e6, help="tokens to aim at (default: 22e6)")
-    build.add_argument("--model", type=Path, default=None, help="folder with tokenizer.json and chat template")
-    build.add_argument("--only", default=None, help="comma-separated buckets to build again")
+    build.add_argument("--tokens", type=number(1, 1e12), default=22e6, help="tokens to aim at (default: 22e6)")
+    build.add_argument("--model", type=some_path, default=None, help="folder with tokenizer.json and chat template")
+    build.add_argument("--only", type=_buckets, default=None, help="comma-separated buckets to build again")
     train = actions.add_parser("tokenizer", help="train the byte-level BPE tokenizer")
-    train.add_argument("--vocab-size", type=int, default=4096)
+    train.add_argument("--vocab-size", type=integer(256 + len(SPECIAL_TOKENS), 1 << 16), default=4096)
     for action in (build, train):
-        action.add_argument("--out", type=Path, required=True, help="folder to write")
-        action.add_argument("--sources", type=Path, action="append", default=[], help="folder of unpacked packages")
+        action.add_argument("--out", type=some_path, required=True, help="folder to write")
+        action.add_argument("--sources", type=some_path, action="append", default=[],
+                            help="folder of unpacked packages")  # fmt: skip
         action.add_argument("--seed", type=int, default=0)
+
+
+def _buckets(text: str) -> list[str]:
+    names = text.split(",")
+    known = (*NATURAL, "induction", "pairs", *CHAT_SHARES)
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {unknown!r}")
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         train_tokenizer(args.out, corpus, args.vocab_size, args.seed)
     else:
         folder = args.model or Path(__file__).parent.parent / "nano"
-        build_shards(args.out, corpus, folder, int(args.tokens), args.only.split(",") if args.only else None, args.seed)
+        build_shards(args.out, corpus, folder, int(args.tokens), args.only, args.seed)
     return 0
 
 
@@ -131,15 +142,18 @@ def _plain(template: ChatTemplate, example: Example) -> str:
 def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list[str] | None, seed: int) -> None:
     """Write every bucket and the manifest; see ``CHAT_SHARES`` for the size of the generated ones."""
     tokenizer, template = Tokenizer.read(model), ChatTemplate.read(model)
-    path = out / "manifest.json"
-    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"buckets": {}}
-    for bucket in NATURAL:
-        if only is None or bucket in only:
-            documents = list(corpus.documents(bucket))
-            for name, is_test in ((bucket, False), (f"{bucket}.test", True)):
-                texts = [d.text for d in documents if d.is_test == is_test]
-                random.Random(seed).shuffle(texts)
-                manifest["buckets"][name] = write_bucket(out, name, _tokenized(tokenizer, texts, bucket, seed))
+    if tokenizer.vocab_size > 1 << 16:
+        raise ConfigError(f"--model: expected a tokenizer of at most 65,536 tokens, since shards hold 16 bits of each; "
+                          f"found {tokenizer.vocab_size:,} in {model}")  # fmt: skip
+    path = out / MANIFEST
+    manifest: dict[str, Any] = read_manifest(out) if path.exists() else {"buckets": {}}
+    natural = [bucket for bucket in NATURAL if only is None or bucket in only]
+    for bucket in natural:
+        documents = list(corpus.documents(bucket))
+        for name, is_test in ((bucket, False), (f"{bucket}.test", True)):
+            texts = [d.text for d in documents if d.is_test == is_test]
+            random.Random(seed).shuffle(texts)
+            manifest["buckets"][name] = write_bucket(out, name, _tokenized(tokenizer, texts, bucket, seed))
     if only is None or "induction" in only:
         manifest["buckets"]["induction"] = write_bucket(out, "induction", repetitions(tokens // 16, seed))
     if only is None or "pairs" in only:
@@ -153,11 +167,10 @@ def build_shards(out: Path, corpus: Corpus, model: Path, tokens: int, only: list
         "python": platform.python_version(),
         "versions": {s.module: version(s.module) for s in SOURCES if s.module and s.module != "stdlib"},
     }
-    if only is None or set(only) & set(NATURAL):
-        manifest["sources"] = [
-            {"name": s.name, "bucket": s.bucket, "licence": s.licence, "documents": corpus.counts[s.name],
-             "characters": corpus.taken[s.name]} for s in SOURCES
-        ]  # fmt: skip
+    manifest["sources"] = [s for s in manifest.get("sources", ()) if s["bucket"] not in natural] + [
+        {"name": s.name, "bucket": s.bucket, "licence": s.licence, "documents": corpus.counts[s.name],
+         "characters": corpus.taken[s.name]} for s in SOURCES if s.bucket in natural
+    ]  # fmt: skip
     path.write_text(json.dumps(manifest, indent=1))
 
 
