@@ -19,7 +19,7 @@ from tqdm import tqdm
 from glm52.cache import Spans
 from glm52.chat import Reply, Thinking, parse_reply
 from glm52.engine import Model, SamplingParams
-from glm52.errors import ConfigError
+from glm52.errors import ConfigError, GLMError
 from glm52.hub import resolve
 from glm52.options import integer, some_path
 from glm52.session import Session, add_format_argument
@@ -132,6 +132,8 @@ def answer(session: Session, examples: list[Example], max_tokens: int = 256) -> 
     with tqdm(total=len(seqs), leave=False, unit="reply") as bar:
         while engine.has_work:
             for event in engine.step():
+                if event.error is not None:
+                    raise GLMError(event.error)
                 texts[event.seq] += event.text
                 bar.update(event.finish_reason is not None)
     return [parse_reply(texts[s], e.tools, thinking=e.thinking.enabled) for s, e in zip(seqs, examples, strict=True)]

@@ -22,7 +22,7 @@ from glm52.chat import (
     collect,
 )
 from glm52.engine import Repetition, SamplingParams
-from glm52.errors import GLMError
+from glm52.errors import GLMError, RequestError
 from glm52.hub import resolve
 from glm52.options import integer, number
 from glm52.session import Session, add_format_argument
@@ -71,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
     while True:
         try:
             line = input(chat.style("> ", "1") if sys.stdin.isatty() else "")
+            line.encode()
         except EOFError:
             return 0
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D leaves)")
             continue
+        except UnicodeError as error:  # from decoding, or from bytes that were let through
+            raise RequestError(f"stdin: expected text in UTF-8 ({error})") from error
         if line.strip() in ("/exit", "/quit"):
             return 0
         if line.strip():
@@ -104,7 +107,7 @@ class Chat:
 
     def greet(self) -> None:
         card = self.session.folder / "README.md"
-        lines = card.read_text("utf-8").splitlines() if card.is_file() else []
+        lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
         about = next((line[2:] for line in lines if line.startswith("> ")), f"Model: {self.session.name}")
         print(f"{about}\n/help lists commands, /examples shows what to ask.\n", file=self.out)
 
@@ -182,6 +185,8 @@ class Chat:
         try:
             while seq.finish_reason is None:
                 for event in session.engine.step():
+                    if event.error is not None:
+                        raise GLMError(event.error)
                     new = parser.feed(event.text)
                     deltas += new
                     shown.show(new)

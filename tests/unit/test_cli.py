@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from glm52 import cli
 from tests.fixtures import write_tiny
@@ -159,6 +160,28 @@ def test_one_prompt_and_too_long_a_prompt(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("thinking: ")
     long = glm52("chat", str(tmp_path), "--prompt", "word " * 600)
     assert "maximum context length is 512" in long.stdout
+
+
+def test_what_is_typed_is_text(tmp_path: Path) -> None:
+    """Whether the locale lets other bytes through or not."""
+    write_tiny(tmp_path)
+    for encoding in ("utf-8:strict", "utf-8:surrogateescape"):
+        done = subprocess.run([sys.executable, "-m", "glm52.cli", "chat", str(tmp_path)], input=b"\xff\xfe\n",
+                              capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": encoding})  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"glm52 chat: stdin: expected text in UTF-8") and done.stderr.count(b"\n") == 1
+
+
+def test_a_model_that_computes_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reason was dropped, and an empty reply stood in the history and in the scores."""
+    write_tiny(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors")
+    assert cli.main(["chat", str(tmp_path), "--prompt", "Hi"]) == 1
+    assert "error: the model produced logits that are not finite" in capsys.readouterr().out
+    assert cli.main(["eval", str(tmp_path), "--tasks", "add", "--items", "1"]) == 2
+    assert "glm52 eval: the model produced logits that are not finite" in capsys.readouterr().err
 
 
 def test_the_reference_backend_runs_the_same_chat(tmp_path: Path) -> None:
