@@ -129,7 +129,10 @@ class ChatTemplate:
             raise CheckpointError(
                 f"{folder}: expected a chat_template.jinja, found none; copy it from the model's repository"
             )
-        return ChatTemplate(file.read_text("utf-8"))
+        try:
+            return ChatTemplate(file.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: expected text in UTF-8 ({error}); fetch the file again") from error
 
     def render(
         self,

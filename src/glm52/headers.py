@@ -69,7 +69,7 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON object with a weight_map ({error!r}); download it again"
         ) from error

@@ -92,7 +92,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
     try:
         found = dict(json.loads(file.read_text("utf-8")))
         SamplingParams(**{k: found[k] for k in ("temperature", "top_p", "top_k") if found.get(k) is not None})
-    except (ValueError, TypeError, RequestError) as error:
+    except (ValueError, TypeError, RecursionError, RequestError) as error:
         raise CheckpointError(f"{file}: expected a JSON object with numbers for sampling ({error})") from error
     return found
 

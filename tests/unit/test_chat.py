@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 import glm52
 from glm52.chat import ChatTemplate, Thinking, parse_reply, read_value
-from glm52.errors import RequestError
+from glm52.errors import CheckpointError, RequestError
 from glm52.tokenizer import Tokenizer
 
 TEMPLATE = ChatTemplate.read(Path(glm52.__file__).parent / "nano")
@@ -226,3 +226,9 @@ def test_types_follow_references_constants_and_rules_for_other_properties() -> N
 def test_a_number_that_no_float_holds_stays_json() -> None:
     assert read_value("1e999", frozenset({"number"})) == (1.7976931348623157e308, None)
     assert read_value("-1e999", frozenset())[0] == -1.7976931348623157e308
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: expected text in UTF-8"):
+        ChatTemplate.read(tmp_path)

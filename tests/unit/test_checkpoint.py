@@ -90,6 +90,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "header length": (lambda f: overwrite(first_shard(f), 0, b"\xff" * 8), "truncated or not"),
     "header bytes": (lambda f: overwrite(first_shard(f), 8, b"{{{"), "JSON"),
     "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "weight_map"),
+    "bottomless index": (lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000), "weight_map"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "expected model.safetensors"),
     "path leaves the folder": (
         lambda f: edit_index(f, lambda m: m.update({next(iter(m)): "../secret.safetensors"})), "leaves the folder"),

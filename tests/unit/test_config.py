@@ -162,7 +162,7 @@ def test_schedules_that_cannot_be() -> None:
     assert set(dense.mlp_layer_types) == {"sparse"}
 
 
-@pytest.mark.parametrize("text", ["", "null", "[1]", '{"temperature": "a"}', '{"top_p": 5}'])
+@pytest.mark.parametrize("text", ["", "null", "[1]", "[" * 100_000, '{"temperature": "a"}', '{"top_p": 5}'])
 def test_damaged_defaults_of_sampling_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
