@@ -207,7 +207,8 @@ def write_checkpoint(
 ) -> None:
     """Write config.json and weights under their official names, whole or not at all.
 
-    Shards are filled in order up to ``max_shard_bytes``; one shard needs no index.
+    Shards are filled in order up to ``max_shard_bytes``; one shard needs no index. What is cut off leaves the folder as
+    it was or, while files take their places, without the config.json that would let a mixture be loaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -222,16 +223,20 @@ def write_checkpoint(
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
+    partial = {file: folder / f".{file}.partial" for file in (*names, INDEX, "config.json")}
     for file, tensors in zip(names, shards, strict=True):
-        temporary = folder / f".{file}.partial"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / file)
-    (folder / INDEX).unlink(missing_ok=True)  # of what lay here before
+        save_file(tensors, partial[file], metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, tensors in zip(names, shards, strict=True) for name in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        partial[INDEX].write_text(json.dumps(index, indent=1))
+    else:
+        del partial[INDEX]
+    partial["config.json"].write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    for file in ("config.json", INDEX):  # of what lay here before
+        (folder / file).unlink(missing_ok=True)
+    for file, temporary in partial.items():
+        temporary.replace(folder / file)
 
 
 def unstack(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,9 @@
 """Official checkpoints: read back what was written, and refuse with a clear word everything that is wrong."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from glm52.checkpoint import Checkpoint, expected_tensors, write_checkpoint
 from glm52.config import GLMConfig
-from glm52.errors import CheckpointError, GLMError
+from glm52.errors import CheckpointError, ConfigError, GLMError
 from glm52.headers import read_header
 from glm52.load import load, save
 from glm52.quant import quantize_fp8
@@ -47,6 +48,29 @@ def test_sharded_round_trip(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(model.state_dict()[n], t) for n, t in state.items())
     save(model, tmp_path / "again")
     assert set(read_header(tmp_path / "again" / "model.safetensors")) == set(expected_tensors(model.config))
+
+
+def test_a_write_that_is_cut_off_leaves_no_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of a new model beside the index and config.json of an old one, or half an index, would have been loaded."""
+    model, replace = random_model(tiny_config(), seed=1), Path.replace
+    old, new = (random_model(tiny_config(), seed).lm_head.weight for seed in (0, 1))
+    count = len(list(folder.glob("*.safetensors"))) + 2
+    for done in range(count + 1):
+        calls = iter(range(count))
+
+        def cut(path: Path, target: Path, done: int = done, calls: Iterator[int] = calls) -> None:
+            if next(calls) == done:
+                raise OSError("no space left")
+            replace(path, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            patch.setattr(Path, "replace", cut)
+            write_checkpoint(folder, model.config, model.state_dict().items(), max_shard_bytes=100_000)
+        if done < count:
+            with pytest.raises(ConfigError, match=r"config\.json"):
+                load(folder)
+    assert torch.equal(load(folder).lm_head.weight, new) and not torch.equal(old, new)
+    assert not list(folder.glob(".*"))
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
