@@ -230,6 +230,8 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"chat_template.jinja, line {error.lineno}: {error.message}") from error
+    except (RecursionError, SyntaxError) as error:  # from Python, into which it is compiled
+        raise CheckpointError(f"chat_template.jinja: nested too deep ({error}); fetch the file again") from error
 
 
 def _normalize(message: Message) -> dict[str, Any]:

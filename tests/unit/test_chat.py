@@ -232,3 +232,9 @@ def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja: expected text in UTF-8"):
         ChatTemplate.read(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["{{" + "(" * 100_000, "{% if 1 %}" * 150 + "{% endif %}" * 150])
+def test_a_template_without_a_bottom_is_named(source: str) -> None:
+    with pytest.raises(CheckpointError, match="nested too deep"):
+        ChatTemplate(source)
