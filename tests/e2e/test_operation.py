@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,28 @@ def test_a_long_prefill_shows_signs_of_life() -> None:
     assert said["messages"].startswith("event: message_start") and said["messages"].count('{"type": "ping"}') >= 3
     assert said["responses"].count(": still working\n\n") >= 2
     assert said["chat/completions"].count(": still working\n\n") >= 2 and "done" in said["chat/completions"]
+
+
+@pytest.mark.parametrize("limit", ["deadline_s", "send_s"])
+def test_a_client_that_does_not_read_loses_its_place(limit: str) -> None:
+    """What watched the clock waited for the sign of life that it sent: one such client held its place for ever."""
+
+    class Loud(Script):
+        def _event(self, *args: Any) -> Any:
+            return replace(super()._event(*args), text="x" * 200_000)
+
+    script = Loud("word " * 200)
+    service = scripted_service(script, max_running=1, first_wait_s=0.1, keep_alive_s=0.1, **{limit: 0.5})
+    with running(service) as url, socket.socket() as deaf:
+        host, port = url.removeprefix("http://").split(":")
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        data = json.dumps(BODY | {"stream": True}).encode()
+        deaf.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(data)) + data)
+        ends_at = time.monotonic() + 30
+        while not script.ended and time.monotonic() < ends_at:
+            time.sleep(0.05)
+        assert script.ended == 1 and service.gate.running == 0
 
 
 def test_a_hang_up_ends_the_sequence_within_a_step() -> None:

@@ -1,16 +1,17 @@
 """Bodies in, events out: what HTTP needs, whatever the dialect."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from glm52.errors import CapacityError, RequestError
 from glm52.server.limits import Limits
@@ -23,6 +24,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # What httpx and others take for the end of a line; in JSON, and so in events, they stand in strings alone.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _LOOK_S = 1.0  # between two looks at the clock
+_LAST_S = 1.0  # for what is said last, when time is up
 
 
 async def json_body(request: Request, limits: Limits) -> Any:
@@ -91,10 +93,7 @@ async def run_whole(request: Request, call: Call) -> None:
         async for _ in call.run(answer):
             pass
 
-    async def wait() -> float:
-        return _LOOK_S
-
-    await _to_the_end(call, request.receive, map(drain, call.answers), wait)
+    await _to_the_end(call, map(drain, call.answers), _disconnected(request.receive))
 
 
 class EventStream:
@@ -113,7 +112,7 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send, call, status = send, self._call, 499
         try:
-            await _to_the_end(call, receive, map(self._follow, call.answers), self._show_life)
+            await _to_the_end(call, map(self._follow, call.answers), _disconnected(receive), self._show_life())
             await self._say(self._writer.close(call.answers, call.usage), is_last=True)
             status = 200
         except ClientDisconnect:
@@ -124,7 +123,8 @@ class EventStream:
             status = known.status
             if not self._is_begun:
                 raise known from error
-            await self._say(self._writer.fail(known), is_last=True)
+            with contextlib.suppress(ClientDisconnect):
+                await self._say(self._writer.fail(known), is_last=True)
         finally:
             call.finish(status)
 
@@ -139,17 +139,21 @@ class EventStream:
         if not all(a.reason for a in self._call.answers):  # the last goes out with what closes the stream
             await self._say()
 
-    async def _show_life(self) -> float:
-        """A sign of life if it is time for one -> seconds until the next may be."""
+    async def _show_life(self) -> None:
+        """A sign of life whenever nothing was said for a while."""
         limits = self._call.service.options.limits
-        patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
-        left = self._said_at + patience - time.monotonic()
-        if left > 0:
-            return left
+        while True:
+            patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
+            left = self._said_at + patience - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(min(left, _LOOK_S))
+                continue
+            await asyncio.shield(self._sign())  # what it has begun to say is said, though the replies end meanwhile
+
+    async def _sign(self) -> None:
         if not self._is_begun:
             await self._begin()
         await self._say(sign=self._writer.keep_alive)
-        return limits.keep_alive_s
 
     async def _begin(self) -> None:
         self._is_begun = True
@@ -157,7 +161,7 @@ class EventStream:
         usage = self._call.usage
         self._unsaid += self._writer.begin(usage.prompt_tokens, usage.cached_tokens)
         headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._put({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _say(self, frames: Iterable[Frame] = (), *, sign: bytes = b"", is_last: bool = False) -> None:
         """What is yet unsaid, these frames, a sign of life: together, for each trip to the socket costs more than its
@@ -166,33 +170,44 @@ class EventStream:
         body = sse([*self._unsaid, *frames]) + sign
         self._unsaid.clear()
         if body or is_last:
-            await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+            await self._put({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def _put(self, message: Message) -> None:
+        """ClientDisconnect if the client does not read: one that has stopped must not hold its place."""
+        patience = min(self._call.service.options.limits.send_s, max(self._call.time_left(), _LAST_S))
+        try:
+            async with asyncio.timeout(patience):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None
 
 
 async def _to_the_end(
-    call: Call, receive: Receive, replies: Iterable[Coroutine[Any, Any, None]], wait: Callable[[], Awaitable[float]]
+    call: Call, replies: Iterable[Coroutine[Any, Any, None]], *beside: Coroutine[Any, Any, None]
 ) -> None:
-    """All replies to their end; everything stops as soon as one fails, the client is gone or time is up.
+    """All replies to their end; everything stops as soon as one fails, or what goes on beside them, or time is up.
 
-    wait: what is to be done meanwhile -> seconds until it wants to be called again."""
+    The watch itself waits for nobody: a client that does not read holds up replies and signs of life alike."""
     tasks = [asyncio.ensure_future(r) for r in replies]
-    done, gone = asyncio.gather(*tasks), asyncio.ensure_future(_disconnected(receive))
-    both: tuple[asyncio.Future[Any], ...] = (done, gone)
+    done, others = asyncio.gather(*tasks), [asyncio.ensure_future(b) for b in beside]
+    watched: tuple[asyncio.Future[Any], ...] = (done, *others)
     try:
         while not done.done():
             if call.time_left() <= 0:
                 raise call.overdue()
-            patience = min(await wait(), call.time_left(), _LOOK_S)
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
-            if gone.done() and not done.done():
-                raise ClientDisconnect
+            patience = min(call.time_left(), _LOOK_S)
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
+            for other in others:
+                if other.done() and not done.done():
+                    await other
         await done
     finally:
-        for task in (*tasks, gone):
+        for task in (*tasks, *others):
             task.cancel()
-        await asyncio.gather(*tasks, done, gone, return_exceptions=True)
+        await asyncio.gather(*tasks, *watched, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect

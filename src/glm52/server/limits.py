@@ -14,8 +14,9 @@ from glm52.errors import CapacityError, RequestError
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """head_s, body_s: the longest a client may take to send the head of its request, and the body. max_running: replies
-    computed at once; max_waiting: replies that may wait for that. deadline_s: the longest a request may take. drain_s:
-    how long running requests have to end once the server is told to stop."""
+    computed at once; max_waiting: replies that may wait for that. deadline_s: the longest a request may take. send_s:
+    the longest a client may leave a stream unread. drain_s: how long running requests have to end once the server is
+    told to stop."""
 
     max_body_bytes: int = 32 << 20
     head_s: float = 10.0
@@ -23,6 +24,7 @@ class Limits:
     max_running: int = 8
     max_waiting: int = 256
     deadline_s: float | None = None
+    send_s: float = 60.0
     drain_s: float = 30.0
     keep_alive_s: float = 10.0
     first_wait_s: float = 2.0
