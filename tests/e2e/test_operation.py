@@ -208,6 +208,19 @@ def test_500_at_once_are_served_or_refused_and_none_is_lost() -> None:
     assert script.ended == len(served) and service.gate.running == service.gate.waiting == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_burst_does_not_overfill_the_queue(stream: bool) -> None:
+    """Places were counted when they were taken, so that all who came at once were let in. A second burst finds as many."""
+    service = scripted_service(Script("</think>yes", stride=99, delay_s=0.2), max_running=2, max_waiting=4)
+
+    async def main() -> list[Counter[int]]:
+        async with asgi(service) as client:
+            ask = [lambda: client.post(CHAT, json=BODY | {"stream": stream})] * 40
+            return [Counter([r.status_code for r in await asyncio.gather(*(a() for a in ask))]) for _ in range(2)]
+
+    assert asyncio.run(main()) == [{200: 6, 429: 34}] * 2
+
+
 def test_many_connections_at_once() -> None:
     with running(scripted_service(Script("</think>yes", stride=99), max_waiting=200)) as url:
 

@@ -55,15 +55,17 @@ def test_clients_take_turns_whoever_asks_most() -> None:
 
 
 def test_a_full_queue_refuses_but_one_request_may_always_come() -> None:
-    async def main() -> None:
-        gate = Gate(1, 2)
-        gate.check(50)
-        async with gate.slot("a"):
-            gate.check(2)
-            with pytest.raises(CapacityError):
-                gate.check(3)
-
-    asyncio.run(main())
+    gate = Gate(1, 2)
+    gate.admit(50)
+    with pytest.raises(CapacityError):
+        gate.admit(1)
+    gate.dismiss(50)
+    for _ in range(3):
+        gate.admit(1)
+    with pytest.raises(CapacityError):
+        gate.admit(1)
+    gate.dismiss(1)
+    gate.admit(1)
 
 
 @pytest.mark.parametrize("seed", range(20))

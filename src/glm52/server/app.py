@@ -86,6 +86,7 @@ async def _converse(request: Request, dialect: Dialect) -> ASGIApp:
         service.metrics.count(dialect.name, 200)
         return Response(sse([*writer.begin(0, 0), *writer.fail(error)]), media_type="text/event-stream")
     headers = _headers(chat, call)
+    service.gate.admit(len(call.answers))  # until call.finish
     if chat.stream:
         return EventStream(call, writer, headers)
     status = 499
@@ -109,9 +110,7 @@ async def _call(request: Request, chat: ChatRequest, client: str, name: str) -> 
     explain = "cache" in request.headers.get("x-glm52-explain", "")
     begin = partial(service.call, chat, client, name, explain=explain, deadline_s=_deadline(request))
     is_large = int(request.headers.get("content-length") or _LARGE_BODY) >= _LARGE_BODY
-    call = await asyncio.to_thread(begin) if is_large else begin()
-    service.gate.check(len(call.answers))
-    return call
+    return await asyncio.to_thread(begin) if is_large else begin()
 
 
 def _deadline(request: Request) -> float | None:

@@ -61,18 +61,22 @@ class Gate:
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self.max_running, self.max_waiting = max_running, max_waiting
-        self.running = 0
+        self.running = self._admitted = 0
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @property
     def waiting(self) -> int:
         return sum(len(q) for q in self._waiting.values())
 
-    def check(self, count: int) -> None:
-        """CapacityError if ``count`` more replies would overfill the queue. One request alone may always come."""
-        waiting = self.waiting + max(0, count - max(0, self.max_running - self.running))
-        if waiting > self.max_waiting and (self.waiting or self.running):
+    def admit(self, count: int) -> None:
+        """Count in the replies of a request, before they ask for their turn, until it is dismissed. CapacityError if
+        they would overfill the queue; one request alone may always come."""
+        if self._admitted and self._admitted + count > self.max_running + self.max_waiting:
             raise CapacityError(f"the queue is full with {self.waiting} replies waiting; try again later")
+        self._admitted += count
+
+    def dismiss(self, count: int) -> None:
+        self._admitted -= count
 
     @contextlib.asynccontextmanager
     async def slot(self, client: str) -> AsyncIterator[None]:

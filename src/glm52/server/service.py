@@ -177,7 +177,8 @@ class Call:
         )
 
     def finish(self, status: int) -> None:
-        """Account for the request, once, however it ended."""
+        """Account for the request, once, however it ended; another may take its place in the queue."""
+        self.service.gate.dismiss(len(self.answers))
         usage, metrics = self.usage, self.service.metrics
         metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.cached_tokens.inc(usage.cached_tokens)
