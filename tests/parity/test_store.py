@@ -1,6 +1,7 @@
 """Pages that went to disk and came back: the same bits as computed ones, in every body and format."""
 
 import logging
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_other_weights_tokens_or_formats_share_nothing(plain: Any, tmp_path: Pat
         assert generate(other, [prompt], GREEDY)[0].num_cached_tokens == 0
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "longer", "empty", "gone", "another page"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "longer", "empty", "gone", "another page", "huge"])
 def test_a_spoilt_file_is_ignored_with_one_warning(
     plain: Any, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -100,6 +101,8 @@ def test_a_spoilt_file_is_ignored_with_one_warning(
                   "truncated": data[:at], "longer": data + b"\0", "another page": whole[i - 1]}  # fmt: skip
         if fault == "gone":
             file.unlink()
+        elif fault == "huge":
+            os.truncate(file, 1 << 40)
         else:
             file.write_bytes(spoilt[fault])
     with caplog.at_level(logging.DEBUG, "glm52"):
@@ -108,6 +111,17 @@ def test_a_spoilt_file_is_ignored_with_one_warning(
     assert made.store is not None
     first = tmp_path / made.store.name(STEM, [])[0]
     assert first.read_bytes() == dict(zip(files, whole, strict=True))[first], "it is written anew"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_no_page(plain: Any, tmp_path: Path, kind: str) -> None:
+    """A folder that could not be thrown away like a file stopped the engine; a pipe held it up for ever."""
+    expected = run(engine(plain, tmp_path), STEM)
+    made = engine(plain, tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+        path.mkdir() if kind == "folder" else os.mkfifo(path)
+    assert run(made, STEM) == expected
 
 
 def test_the_folder_stays_within_its_bound(plain: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import re
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glm52.errors import RequestError
@@ -84,7 +86,7 @@ class Store:
     def restore(self, name: str, page: int) -> bool:
         """Read a page into the cache -> whether it was there, and whole."""
         try:
-            data = np.fromfile(self._folder / name, dtype=np.uint8)
+            data = self._read(self._folder / name)
         except FileNotFoundError:  # not written yet, or thrown out by another process
             self._forget(name)
             return False
@@ -92,13 +94,20 @@ class Store:
             self._refuse(name, str(error))
             return False
         body = data[_DIGEST:]
-        if len(body) != self._page_bytes or _digest(name, body.data) != data[:_DIGEST].tobytes():
+        if _digest(name, body.data) != data[:_DIGEST].tobytes():
             self._refuse(name, "its checksum is wrong")
             return False
         parts = torch.from_numpy(body).split([pool.shape[1] * self._page_size for pool in self._pools])
         for pool, part in zip(self._pools, parts, strict=True):
             pool[self._rows(page)] = part.view(self._page_size, -1)
         return True
+
+    def _read(self, path: Path) -> NDArray[np.uint8]:
+        """The bytes of a page. OSError before anything is read that is no page: a pipe, say, or a terabyte."""
+        size, found = self._page_bytes + _DIGEST, path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            raise OSError(f"expected a file of {size} bytes")
+        return np.fromfile(path, dtype=np.uint8, count=size)
 
     def mark_used(self, names: Sequence[str]) -> None:
         if not self._jobs.full():
@@ -117,9 +126,10 @@ class Store:
             self._sizes.pop(name, None)
 
     def _refuse(self, name: str, fault: str) -> None:
-        """Throw a file away; the first fault is told."""
+        """Throw a file away, if it can be; the first fault is told."""
         self._forget(name)
-        (self._folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self._folder / name).unlink()
         if not self._has_warned:
             logger.warning("prefix cache: %s is ignored and computed again: %s", self._folder / name, fault)
         self._has_warned = True
@@ -185,10 +195,10 @@ def _listed(folder: Path) -> OrderedDict[str, int]:
         for path in folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another server has finished it, or thrown it away
                 found.append((path, path.stat()))
-        for path, stat in found:
-            if path.suffix == _UNFINISHED and stat.st_mtime < time.time() - _STALE_S:
+        for path, info in found:
+            if path.suffix == _UNFINISHED and info.st_mtime < time.time() - _STALE_S:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise RequestError(f"--prefix-cache: cannot use {folder} ({error.strerror})") from error
-    pages = [(stat.st_mtime_ns, path.name, stat.st_size) for path, stat in found if _NAME.fullmatch(path.name)]
+    pages = [(info.st_mtime_ns, path.name, info.st_size) for path, info in found if _NAME.fullmatch(path.name)]
     return OrderedDict((name, size) for _, name, size in sorted(pages))
