@@ -1,5 +1,6 @@
 """Pages that went to disk and came back: the same bits as computed ones, in every body and format."""
 
+import errno
 import logging
 import os
 import random
@@ -162,6 +163,60 @@ def test_a_full_disk_stops_the_writing_only(plain: Any, tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING, "glm52"):
         assert run(made, STEM) == run(fresh, STEM)
     assert "no more pages are written" in caplog.text
+
+
+def test_a_smaller_bound_holds_from_the_start(plain: Any, tmp_path: Path) -> None:
+    run(engine(plain, tmp_path), STEM)
+    size = max(f.stat().st_size for f in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 4
+    made = engine(plain, tmp_path, max_bytes=2 * size)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert generate(made, [STEM], GREEDY)[0].num_cached_tokens == 2 * SIZE
+
+
+def test_a_folder_in_the_way_of_a_page_stops_no_other(plain: Any, tmp_path: Path) -> None:
+    """Neither where it should be written nor where it would be thrown away."""
+    made = engine(plain, tmp_path)
+    assert made.store is not None
+    names = made.store.name(STEM, [])
+    (tmp_path / names[0]).mkdir()
+    run(made, STEM)
+    size = (tmp_path / names[1]).stat().st_size
+    assert {f.name for f in tmp_path.iterdir()} == set(names), "nor is anything left unfinished"
+    run(engine(plain, tmp_path, max_bytes=3 * size), [token % 60 + 1 for token in STEM])
+    assert len(list(tmp_path.iterdir())) == 1 + 3 and (tmp_path / names[0]).is_dir()
+
+
+def test_on_a_full_disk_older_pages_make_room(
+    plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace = Path.replace
+
+    def checked(self: Path, target: Path) -> Path:
+        if len(list(tmp_path.iterdir())) > 5:  # with the one that is being written
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", checked)
+    other = [token % 60 + 1 for token in STEM]
+    for prompt in (STEM, other):
+        made = engine(plain, tmp_path)
+        run(made, prompt)
+        assert len(list(tmp_path.iterdir())) <= 5
+    assert "older pages make room" in caplog.text and "no more pages" not in caplog.text
+    assert generate(engine(plain, tmp_path), [other], GREEDY)[0].num_cached_tokens == 4 * SIZE
+
+
+def test_servers_that_share_a_folder_share_no_unfinished_file(plain: Any, tmp_path: Path) -> None:
+    """In containers their process ids are the same."""
+    pages = torch.zeros(SIZE, 4, dtype=torch.uint8)
+    stores = [Store(tmp_path, [pages], SIZE, fingerprint="x", max_bytes=10**6) for _ in range(8)]
+    for tokens in (STEM[i : i + SIZE] for i in range(40)):
+        for store in stores:
+            store.save(store.name(tokens, []), [0])
+    for store in stores:
+        store.close()
+    assert not any(store._is_broken for store in stores) and len(list(tmp_path.iterdir())) == 40
 
 
 def test_a_folder_that_cannot_be_used_is_refused(plain: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Tokens are not written. The MTP layer's last row of a page may stem from another
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glm52.errors import RequestError
+from glm52.ids import new_id
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,10 @@ class Store:
         self._root = _digest(fingerprint, f"{page_size} {widths}".encode()).hex()
         self._sizes = _listed(folder)
         self._lock = threading.Lock()  # over _sizes
-        self._has_warned = self._is_broken = False
+        self._token = new_id("", 8)  # of the names of unfinished files: two containers have the same process ids
+        self._warned: set[str] = set()
+        self._is_broken = False
+        self._evict()
         # Names of a prefix with the bytes of its last page, or without: it was used.
         self._jobs: queue.Queue[tuple[list[str], Tensor | None] | None] = queue.Queue(
             max(1, _QUEUED_BYTES // self._page_bytes)
@@ -126,27 +132,30 @@ class Store:
             self._sizes.pop(name, None)
 
     def _refuse(self, name: str, fault: str) -> None:
-        """Throw a file away, if it can be; the first fault is told."""
+        """Throw a file away, if it can be."""
         self._forget(name)
         with contextlib.suppress(OSError):
             (self._folder / name).unlink()
-        if not self._has_warned:
-            logger.warning("prefix cache: %s is ignored and computed again: %s", self._folder / name, fault)
-        self._has_warned = True
+        self._warn("prefix cache: %s is ignored and computed again: %s", self._folder / name, fault)
+
+    def _warn(self, message: str, *args: Any) -> None:
+        """Each kind of fault is told once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message, *args)
 
     # ── the writing thread ───────────────────────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             names, data = job
-            try:
-                if data is None:
-                    self._mark(names)
-                elif not self._is_broken:
+            if data is None:
+                self._mark(names)
+            elif not self._is_broken:
+                try:
                     self._write(names, data)
-            except OSError as error:
-                self._is_broken = True
-                logger.warning("prefix cache: no more pages are written to %s: %s", self._folder, error)
+                except Exception as error:  # whatever it is, close() must find the thread alive
+                    self._fail(names[-1], error)
 
     def _mark(self, names: list[str]) -> None:
         """In memory and, for the next process, on disk. The end of a prefix counts as its oldest part."""
@@ -154,31 +163,56 @@ class Store:
         with self._lock:
             self._renew(names)
         for i, name in enumerate(reversed(names)):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # not there, or another user's
                 os.utime(self._folder / name, ns=(now + i, now + i))
 
-    def _renew(self, names: list[str]) -> None:
+    def _renew(self, names: Sequence[str]) -> None:
         for name in reversed(names):
             if name in self._sizes:
                 self._sizes.move_to_end(name)
 
     def _write(self, names: list[str], data: Tensor) -> None:
-        """The last page of a prefix: whole or not at all, whatever happens. Then what is too much goes."""
-        name, unfinished = names[-1], self._folder / f"{names[-1]}.{os.getpid()}{_UNFINISHED}"
-        with unfinished.open("wb") as file:
-            page = data.numpy().data
-            file.write(_digest(name, page))
-            file.write(page)
-        unfinished.replace(self._folder / name)
+        """The last page of a prefix: whole or not at all, whatever happens. What would be too much goes before."""
+        name, page = names[-1], data.numpy().data
+        unfinished = self._folder / f"{name}.{self._token}{_UNFINISHED}"
         with self._lock:
             self._sizes[name] = len(data) + _DIGEST
-            excess = sum(self._sizes.values()) - self._max_bytes
+        self._evict(names)
+        while name in self._sizes:
+            try:
+                with unfinished.open("wb") as file:
+                    file.write(_digest(name, page))
+                    file.write(page)
+                unfinished.replace(self._folder / name)
+                return
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    unfinished.unlink()
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._warn("prefix cache: the disk of %s is full; older pages make room", self._folder)
+                self._evict(names, at_least=1)
+
+    def _evict(self, newest: Sequence[str] = (), at_least: int = 0) -> None:
+        """What is beyond the bound, and so many bytes, the oldest first; last the prefix ``newest``, from its end."""
+        with self._lock:
+            excess = max(sum(self._sizes.values()) - self._max_bytes, at_least)
             if excess > 0:
-                self._renew(names)
+                self._renew(newest)
             while excess > 0:
                 oldest, size = self._sizes.popitem(last=False)
-                (self._folder / oldest).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not written yet, thrown out by another process, or not ours
+                    (self._folder / oldest).unlink()
                 excess -= size
+
+    def _fail(self, name: str, error: Exception) -> None:
+        """A page was not written: it is left out, and so are all others unless it was the page's own fault."""
+        self._forget(name)
+        if isinstance(error, FileNotFoundError | IsADirectoryError) and self._folder.is_dir():
+            self._warn("prefix cache: %s is not kept: %s", self._folder / name, error)
+        else:
+            self._is_broken = True
+            self._warn("prefix cache: no more pages are written to %s: %s", self._folder, error)
 
 
 def _digest(before: str, data: bytes | memoryview) -> bytes:
@@ -194,7 +228,9 @@ def _listed(folder: Path) -> OrderedDict[str, int]:
         found = []
         for path in folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another server has finished it, or thrown it away
-                found.append((path, path.stat()))
+                info = path.stat()
+                if stat.S_ISREG(info.st_mode):
+                    found.append((path, info))
         for path, info in found:
             if path.suffix == _UNFINISHED and info.st_mtime < time.time() - _STALE_S:
                 path.unlink(missing_ok=True)
