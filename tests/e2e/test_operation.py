@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from glm52 import cli, ops
 from glm52.engine import AsyncEngine, SamplingParams
-from glm52.errors import RequestError
+from glm52.errors import GLMError, RequestError
 from glm52.hub import NANO
 from glm52.server import command
+from glm52.server.connections import Server
 from glm52.server.limits import Keys
 from glm52.server.metrics import Metrics
 from glm52.server.service import Service
@@ -604,6 +606,50 @@ def test_draining_refuses_and_then_ends_what_is_left() -> None:
     assert (ended.status_code, refused.status_code, health.status_code) == (503, 503, 503)
     assert refused.headers["retry-after"] and refused.json()["error"]["code"] == "shutting_down"
     assert health.json()["status"] == "draining" and script.ended == 1
+
+
+class Dying(ScriptedModel):
+    dies = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.dies:
+            raise MemoryError("no more")
+        return super().__call__(*args)
+
+
+def test_a_dead_engine_is_no_healthy_server() -> None:
+    """It said 200 for ever, and each refusal made the one exception longer."""
+    model = Dying(always(" and so on"))
+    backend = AsyncEngine(model.engine())
+
+    async def main() -> tuple[str, list[httpx.Response]]:
+        async with asgi(scripted_service(backend, context_length=8192)) as client:
+            stream = asyncio.ensure_future(client.post(CHAT, json=BODY | {"stream": True, "max_tokens": 8000}))
+            while backend.engine.stats.output_tokens < 3:
+                await asyncio.sleep(0.01)
+            model.dies = True
+            said = (await stream).text
+            return said, [await client.post(CHAT, json=BODY), await client.get("/health")]
+
+    said, (refused, health) = asyncio.run(main())
+    assert "engine_failed" in said.split("data: ")[-1] and health.json()["status"] == "failed"
+    assert (refused.status_code, refused.json()["error"]["code"], health.status_code) == (503, "engine_failed", 503)
+
+
+def test_a_server_whose_engine_is_dead_stops_and_says_so() -> None:
+    model = Dying(always(" and so on"))
+    model.dies = True
+    server = Server(scripted_service(AsyncEngine(model.engine()), context_length=8192))
+
+    async def ask(address: Any) -> int:
+        async with httpx.AsyncClient() as client:
+            return (await client.post("http://{}:{}{}".format(*address, CHAT), json=BODY)).status_code
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(asyncio.run, ask(listener.getsockname()))
+        with pytest.raises(GLMError, match="engine has failed"):
+            server.run(sockets=[listener])
+        assert asking.result() == 503
 
 
 def test_small_frames_are_sent_at_once() -> None:

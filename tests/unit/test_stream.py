@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from glm52.engine import AsyncEngine, Event, SamplingParams, generate
+from glm52.errors import CapacityError, RequestError
 from tests.scripted import TOKENIZER, ScriptedModel, always
 
 PROMPT = TOKENIZER.encode("Hi")
@@ -59,9 +60,29 @@ def test_a_failure_is_told_after_what_came_before_it(monkeypatch: pytest.MonkeyP
             found.extend(event.token_ids)
             backend._thread.join()
 
-    with pytest.raises(MemoryError, match="no more"):
-        asyncio.run(main())
-    assert found == seen[:3]
+    for _ in range(2):
+        with pytest.raises(RequestError) as caught:
+            asyncio.run(main())
+        assert (caught.value.status, caught.value.code) == (503, "engine_failed")
+        assert caught.value.__cause__ is backend.failure, "an error of its own for each"
+    assert found == seen[:3] and str(backend.failure) == "no more" and not backend._aborted
+
+
+def test_who_comes_while_it_closes_is_served_or_refused() -> None:
+    """The thread had looked for work for the last time when a request came in at an open door."""
+    backend = AsyncEngine(ScriptedModel(always(" and so on")).engine())
+    submit, closing = backend.engine.submit, threading.Thread(target=backend.close)
+
+    def late(*args: Any) -> Any:
+        closing.start()
+        backend._thread.join(0.2)
+        return submit(*args)
+
+    backend.engine.submit = late  # type: ignore[method-assign]
+    assert read(backend, pause=lambda: None)[-1].finish_reason == "length"
+    closing.join()
+    with pytest.raises(CapacityError):
+        read(backend, pause=lambda: None)
 
 
 def paced(interval_s: float, step_s: float = 0.001) -> tuple[list[Event], list[float]]:

@@ -6,6 +6,7 @@ step. An error in the engine's thread reaches every stream; none waits for ever.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from weakref import WeakKeyDictionary
 from glm52.engine.engine import Engine
 from glm52.engine.params import SamplingParams
 from glm52.engine.sequence import Event, Sequence
-from glm52.errors import CapacityError
+from glm52.errors import CapacityError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,16 @@ class AsyncEngine:
         self._ticks: WeakKeyDictionary[asyncio.AbstractEventLoop, _Ticks] = WeakKeyDictionary()
         self._aborted: deque[Sequence] = deque()
         self._wake = threading.Event()
+        self._door = threading.Lock()  # closed once nobody is in it
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="glm52-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread before its time; nothing can be served after it."""
+        return self._failure
 
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
         """Events of one reply until its finish_reason. RequestError if it can never be served.
@@ -118,8 +125,8 @@ class AsyncEngine:
                 while not stream.is_ready and self._failure is None:
                     stream.arrival = loop.create_future()
                     await stream.arrival
-                if not stream.pending and self._failure is not None:
-                    raise self._failure
+                if not stream.pending:
+                    raise self._refusal()
                 event = stream.take()
                 yield event
                 if event.finish_reason is not None:
@@ -128,32 +135,41 @@ class AsyncEngine:
                     ticks.hold(stream)
         finally:
             self._streams.pop(seq, None)
-            self._aborted.append(seq)
+            if self._failure is None:
+                self._aborted.append(seq)
             self._wake.set()
 
     def close(self) -> None:
         """Let running replies end, then stop the thread; pages that wait for the disk are written."""
-        self._closing = True
+        with self._door:
+            self._closing = True
         self._wake.set()
         self._thread.join()
         if self.engine.store is not None:
             self.engine.store.close()
 
+    def _refusal(self) -> RequestError:
+        message = "the engine has failed; the server's log has the details"
+        error = RequestError(message, status=503, code="engine_failed")
+        error.__cause__ = self._failure
+        return error
+
     def _submit(self, tokens: Iterable[int], params: SamplingParams, stream: _Stream) -> Sequence:
-        if self._failure is not None:
-            raise self._failure
-        if self._closing:
-            raise CapacityError("the server is shutting down")
-        if len(self.engine.scheduler.waiting) >= self.max_waiting:
-            raise CapacityError(f"the queue is full with {self.max_waiting} requests; try again later")
-        seq = self.engine.submit(tokens, params)
-        self._streams[seq] = stream
+        with self._door:
+            if self._failure is not None:
+                raise self._refusal()
+            if self._closing:
+                raise CapacityError("the server is shutting down")
+            if len(self.engine.scheduler.waiting) >= self.max_waiting:
+                raise CapacityError(f"the queue is full with {self.max_waiting} requests; try again later")
+            seq = self.engine.submit(tokens, params)
+            self._streams[seq] = stream
         self._wake.set()
         return seq
 
     def _run(self) -> None:
         try:
-            while self.engine.has_work or not self._closing:
+            while not self._closing or self.engine.has_work:  # in this order: nothing is submitted after closing
                 self._wake.clear()
                 while self._aborted:
                     self.engine.abort(self._aborted.popleft())
@@ -163,6 +179,7 @@ class AsyncEngine:
         except BaseException as error:  # a thread has no caller: every stream is told
             logger.exception("the engine stopped")
             self._failure = error
+            self._aborted.clear()
             _alert(list(self._streams.values()))
 
     def _deliver(self, events: Iterable[Event]) -> None:
@@ -179,7 +196,7 @@ class AsyncEngine:
 def _alert(streams: list[_Stream]) -> None:
     """One trip to the event loop for all streams of a step: a trip each would cost more than what it brings."""
     for loop in {s.loop for s in streams}:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # it is closed, so that nobody reads there
             loop.call_soon_threadsafe(_wake_readers, [s for s in streams if s.loop is loop])
 
 

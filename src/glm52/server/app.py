@@ -175,10 +175,10 @@ async def model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     service: Service = request.app.state.service
-    is_up = service.stops_at is None
-    state = {"status": "ok" if is_up else "draining", "model": service.name, "running": service.gate.running,
+    status = "failed" if service.failure else "draining" if service.stops_at is not None else "ok"
+    state = {"status": status, "model": service.name, "running": service.gate.running,
              "waiting": service.gate.waiting}  # fmt: skip
-    return JSONResponse(state, 200 if is_up else 503)
+    return JSONResponse(state, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:

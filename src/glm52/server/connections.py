@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from glm52.errors import GLMError
 from glm52.server.app import create_app
 from glm52.server.service import Service
 
@@ -40,8 +41,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
         self._service.drain()
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop. GLMError if it had to stop by itself."""
+        super().run(sockets)
+        if self._service.failure is not None:
+            raise GLMError("the engine has failed, so the server has stopped; see above")
+
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: hangs up on those whose request's head is too long in coming."""
+        """Ten times a second: hangs up on those whose request's head is too long in coming, and stops where nothing can
+        be served any more, so that who watches over the process starts it anew."""
+        if self._service.failure is not None:
+            self._service.drain()
+            self.should_exit = True
         now = time.monotonic()
         asking = [c for c in self.server_state.connections if _is_asking(c)]
         self._asking = {c: self._asking.get(c, now) for c in asking}

@@ -67,6 +67,11 @@ class Service:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the backend will never answer again, if that is so."""
+        return getattr(self.backend, "failure", None)
+
     def drain(self) -> None:
         """Take no more requests; those that run have ``drain_s`` to end."""
         if self.stops_at is None:
