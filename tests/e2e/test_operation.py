@@ -430,6 +430,23 @@ def test_a_miss_is_explained_on_request_in_every_dialect() -> None:
         assert "a system message changed in what looks like a random identifier" in str(second), second
 
 
+@pytest.mark.parametrize("bad", [[-1], [4096], [1 << 40], []])
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_are_looked_at_before_anything_is_done_with_them(bad: list[int], stream: bool) -> None:
+    """An explanation failed before the check (500), and the later prompts of a stream after its head had gone out."""
+    script = Script()
+
+    async def main() -> list[httpx.Response]:
+        async with asgi(scripted_service(script)) as client:
+            ask = {"headers": {"x-glm52-explain": "cache"}}
+            bodies = [{"prompt": prompt, "stream": stream} for prompt in ([bad], [[5, 6], bad])]
+            return [await client.post("/v1/completions", json=b, **ask) for b in bodies]
+
+    for reply in asyncio.run(main()):
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "prompt", reply.text
+    assert not script.prompts
+
+
 def test_what_a_client_forgot_is_recalled() -> None:
     script = Script("I think so.</think>Yes.")
 

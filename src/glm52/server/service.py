@@ -60,6 +60,7 @@ class Service:
         self.gate = Gate(self.options.limits.max_running, self.options.limits.max_waiting)
         self.prompts, self.recall = PromptLog(tokenizer), Recall()
         engine = getattr(backend, "engine", None)
+        self._vocab_size = engine.model.config.vocab_size if engine else tokenizer.vocab_size
         self.metrics = Metrics(engine, lambda: self.gate.running, lambda: self.gate.waiting)
         self.stops_at: float | None = None
 
@@ -83,6 +84,16 @@ class Service:
         if plain and plain not in self.names and not (any_of and plain.startswith(any_of)):
             raise RequestError(f"The model {name!r} does not exist; this server has {', '.join(self.names)}.",
                                status=404, param="model", code="model_not_found")  # fmt: skip
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """RequestError unless the model can take it: before anything is done with any prompt of a request."""
+        if not prompt:
+            raise RequestError("prompt: expected at least one token, found none", param="prompt")
+        if len(prompt) >= self.context_length:
+            raise ContextOverflow(len(prompt), self.context_length)
+        bad = next((t for t in (min(prompt), max(prompt)) if not 0 <= t < self._vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"prompt: token {bad} is outside the vocabulary of {self._vocab_size}", param="prompt")
 
     def call(
         self, request: ChatRequest, client: str, dialect: str, *, explain: bool, deadline_s: float | None
@@ -118,8 +129,7 @@ class Call:
         self.began = time.monotonic()
         self.request, prompts, self.notes = service.render(request, client)
         for prompt in prompts:
-            if len(prompt) >= service.context_length:
-                raise ContextOverflow(len(prompt), service.context_length)
+            service.check_prompt(prompt)
         self.divergence = service.prompts.explain(client, prompts[0]) if explain else None
         self._params = guided(self.request)
         self.answers = [
