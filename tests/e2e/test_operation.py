@@ -607,15 +607,39 @@ def test_a_prefix_outlives_the_command(tmp_path: Path) -> None:
     assert texts[0] == texts[1] != ""
 
 
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_twice_it_stops_at_once_and_streams_are_told(tmp_path: Path, second: signal.Signals) -> None:
+    """They were cut without a last event, with a traceback of each. One who does not read is hung up on."""
+    write_tiny(tmp_path)
+    body = GREEDY | {"prompt": ["Hi"] * 1000, "max_tokens": 300, "stream": True}
+    with process(tmp_path, "--drafts", "0", "--max-seqs", "1", "--max-waiting", "5000") as (server, url):
+        host, port = url.removeprefix("http://").split(":")
+        data = json.dumps(body).encode()
+        with socket.socket() as deaf, httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as reply:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((host, int(port)))
+            deaf.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+            lines = reply.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGINT)
+            time.sleep(1)
+            began = time.monotonic()
+            server.send_signal(second)
+            *_, last = filter(None, lines)
+            assert "shutting_down" in last
+            assert server.wait(timeout=30) == 0 and time.monotonic() - began < 10
+        assert server.stderr is not None and "Traceback" not in server.stderr.read()
+
+
 def test_draining_refuses_and_then_ends_what_is_left() -> None:
     script = Script("</think>" + "word " * 200, delay_s=0.02)
-    service: Service = scripted_service(script, drain_s=0.3)
+    service: Service = scripted_service(script)
 
     async def main() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
         async with asgi(service) as client:
             running_ = asyncio.ensure_future(client.post(CHAT, json=BODY))
             await asyncio.sleep(0.1)
-            service.drain()
+            service.drain(0.3)
             refused = await client.post(CHAT, json=BODY)
             return await running_, refused, await client.get("/health")
 

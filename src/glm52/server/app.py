@@ -175,7 +175,7 @@ async def model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     service: Service = request.app.state.service
-    status = "failed" if service.failure else "draining" if service.stops_at is not None else "ok"
+    status = "failed" if service.failure else "draining" if service.is_draining else "ok"
     state = {"status": status, "model": service.name, "running": service.gate.running,
              "waiting": service.gate.waiting}  # fmt: skip
     return JSONResponse(state, 200 if status == "ok" else 503)

@@ -6,7 +6,6 @@ not see a hang-up behind a second request.
 """
 
 import asyncio
-import signal
 import socket
 import time
 from types import FrameType
@@ -19,27 +18,22 @@ from glm52.server.app import create_app
 from glm52.server.service import Service
 
 _GRACE_S = 0.5  # from closing the door to hanging up: a request that is on its way is told 503
+_LATE_S = 3.0  # from the end of their time to hanging up: they are told that it is over
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it lets what runs end, for as long as the limits allow; a second Ctrl-C is heard at once."""
+    """Told to stop, it lets what runs end, for as long as the limits allow; told again, for no longer."""
 
     def __init__(self, service: Service) -> None:
         self._service, self._limits = service, service.options.limits
-        # Replies end by themselves when drain_s is over, but for those that their client has stopped reading.
-        patience = int(self._limits.drain_s) + 5
         super().__init__(
-            uvicorn.Config(
-                create_app(service), http="h11", ws="none", log_level="warning", access_log=False,
-                timeout_graceful_shutdown=patience,
-            )
-        )  # fmt: skip
+            uvicorn.Config(create_app(service), http="h11", ws="none", log_level="warning", access_log=False)
+        )
         self._asking: dict[Any, float] = {}
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self._service.drain(0.0 if self.should_exit else self._limits.drain_s)
         self.should_exit = True
-        self._service.drain()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. GLMError if it had to stop by itself."""
@@ -51,7 +45,6 @@ class Server(uvicorn.Server):
         """Ten times a second: hangs up on those whose request's head is too long in coming, and stops where nothing can
         be served any more, so that who watches over the process starts it anew."""
         if self._service.failure is not None:
-            self._service.drain()
             self.should_exit = True
         now = time.monotonic()
         asking = [c for c in self.server_state.connections if _is_asking(c)]
@@ -62,12 +55,22 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.drain(self._limits.drain_s)
         for server in self.servers:
             server.close()
         ends_at = time.monotonic() + _GRACE_S
         while self.server_state.connections and time.monotonic() < ends_at:
             await asyncio.sleep(0.02)
+        hanging_up = asyncio.ensure_future(self._hang_up())
         await super().shutdown(sockets)
+        hanging_up.cancel()
+
+    async def _hang_up(self) -> None:
+        """Replies end by themselves when their time is over; what is left then is what nobody reads."""
+        while time.monotonic() < self._service.stops_at + _LATE_S:
+            await asyncio.sleep(0.1)
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
 
 def _is_asking(connection: Any) -> bool:

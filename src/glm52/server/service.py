@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class Service:
         engine = getattr(backend, "engine", None)
         self._vocab_size = engine.model.config.vocab_size if engine else tokenizer.vocab_size
         self.metrics = Metrics(engine, lambda: self.gate.running, lambda: self.gate.waiting)
-        self.stops_at: float | None = None
+        self.stops_at = math.inf
 
     @property
     def name(self) -> str:
@@ -73,10 +74,13 @@ class Service:
         """Why the backend will never answer again, if that is so."""
         return getattr(self.backend, "failure", None)
 
-    def drain(self) -> None:
-        """Take no more requests; those that run have ``drain_s`` to end."""
-        if self.stops_at is None:
-            self.stops_at = time.monotonic() + self.options.limits.drain_s
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; those that run have so long to end, and no longer than an earlier call gave them."""
+        self.stops_at = min(self.stops_at, time.monotonic() + seconds)
+
+    @property
+    def is_draining(self) -> bool:
+        return self.stops_at < math.inf
 
     def check_model(self, name: str, *, any_of: str | None = None) -> None:
         """RequestError unless it is one of ours; ``any_of``: a prefix of foreign names that mean this model too."""
@@ -99,7 +103,7 @@ class Service:
         self, request: ChatRequest, client: str, dialect: str, *, explain: bool, deadline_s: float | None
     ) -> "Call":
         """RequestError if it cannot be served."""
-        if self.stops_at is not None:
+        if self.is_draining:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
         return Call(self, request, client, dialect, explain=explain, deadline_s=deadline_s)
 
@@ -137,7 +141,7 @@ class Call:
             for i, prompt in enumerate(p for p in prompts for _ in range(self.request.n))
         ]
         bounds = [d for d in (deadline_s, service.options.limits.deadline_s) if d is not None]
-        self._deadline = self.began + min(bounds) if bounds else None
+        self._deadline = self.began + min(bounds, default=math.inf)
         self._first_s: float | None = None
 
     @property
@@ -146,11 +150,10 @@ class Call:
 
     def time_left(self) -> float:
         """Seconds until this request must end; infinite without a bound."""
-        ends = [t for t in (self._deadline, self.service.stops_at) if t is not None]
-        return min(ends) - time.monotonic() if ends else float("inf")
+        return min(self._deadline, self.service.stops_at) - time.monotonic()
 
     def overdue(self) -> RequestError:
-        if self.service.stops_at is not None and self.service.stops_at <= time.monotonic():
+        if self.service.stops_at <= time.monotonic():
             return RequestError("the server is shutting down", status=503, code="shutting_down")
         return RequestError("the request took longer than its deadline", status=504, code="deadline_exceeded")
 
