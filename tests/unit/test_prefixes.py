@@ -132,6 +132,15 @@ def test_reasoning_is_found_by_its_turn(sent: dict[str, Any]) -> None:
     assert recall.restored("me", [*ASKED, kept]) == ([*ASKED, kept], 0)
 
 
+@pytest.mark.parametrize("arguments", ["[" * 50_000 + "]" * 50_000, "1" * 5000, "{", "   "])
+def test_arguments_of_any_shape_are_remembered(arguments: str) -> None:
+    """Nested too deeply they were an error, after a whole reply."""
+    recall, calls = Recall(), [ToolCall("call_1", "f", arguments)]
+    recall.keep("me", ASKED, Reply(content="Yes.", tool_calls=calls), "Because.")
+    turn = {"role": "assistant", "content": "Yes.", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    assert recall.restored("me", [*ASKED, turn])[1] == 1
+
+
 def test_recall_is_bounded() -> None:
     recall = Recall(max_chars=1100)  # ten entries, two a turn
     for i in range(30):

@@ -104,9 +104,9 @@ def _text(content: Any) -> str:
 
 
 def _arguments(given: Any) -> Any:
-    if not isinstance(given, str):
-        return given or {}
+    """One text for all ways to write the same; what is no JSON, or nested too deeply, as it is."""
     try:
-        return json.loads(given) if given.strip() else {}
-    except ValueError:
+        value = json.loads(given.strip() or "{}") if isinstance(given, str) else given or {}
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    except (ValueError, RecursionError):
         return given
