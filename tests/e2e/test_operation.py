@@ -317,6 +317,7 @@ def test_a_hang_up_before_the_first_token_is_seen_at_once() -> None:
         while not script.ended and time.monotonic() < ends_at:
             time.sleep(0.01)
         assert script.ended == 1
+        assert value(httpx.get(f"{url}/metrics").text, "glm52_requests_total", dialect="chat", status="499") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

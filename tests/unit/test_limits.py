@@ -32,6 +32,17 @@ def test_keys_let_in_those_who_have_one() -> None:
         assert caught.value.status == 401
 
 
+def test_keys_of_any_bytes_are_looked_at() -> None:
+    """Headers are bytes, read as Latin-1: no such key is one of ours, and none is an error."""
+    for sent in ("schlüssel".encode(), "schlüssel".encode("latin-1"), bytes(range(128, 256))):
+        text = sent.decode("latin-1")
+        assert Keys().client(f"Bearer {text}", None, "x") == Keys().client(None, text, "x") != "x"
+        for given in ((f"Bearer {text}", None), (None, text), (text, text)):
+            with pytest.raises(RequestError) as caught:
+                Keys(["alpha"]).client(*given, "x")
+            assert caught.value.status == 401
+
+
 def test_without_keys_every_key_is_a_client_of_its_own() -> None:
     keys = Keys()
     assert not keys and keys.client(None, None, "10.0.0.1") == "10.0.0.1"

@@ -199,10 +199,12 @@ def _dialect_of(path: str) -> Dialect:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     dialect = DIALECTS.get(request.url.path) or _dialect_of(request.url.path)
+    metrics = request.app.state.service.metrics
     if isinstance(error, ClientDisconnect):
+        metrics.count(dialect.name, 499)
         return Response(status_code=499)
     known = as_request_error(error)
-    request.app.state.service.metrics.count(dialect.name, known.status)
+    metrics.count(dialect.name, known.status)
     headers = {"retry-after": "1"} if known.status in (429, 503) else {}
     if known.code == "shutting_down" or known.status == 500:  # after which uvicorn hangs up
         headers["connection"] = "close"
