@@ -148,7 +148,10 @@ class EventStream:
             if left > 0:
                 await asyncio.sleep(min(left, _LOOK_S))
                 continue
-            await asyncio.shield(self._sign())  # what it has begun to say is said, though the replies end meanwhile
+            # What it has begun to say is said, though the replies end meanwhile; then nobody asks how that went.
+            sign = asyncio.ensure_future(self._sign())
+            sign.add_done_callback(lambda s: s.cancelled() or s.exception())
+            await asyncio.shield(sign)
 
     async def _sign(self) -> None:
         if not self._is_begun:
