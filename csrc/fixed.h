@@ -92,9 +92,17 @@ inline void add_steps(const Panels& b, const uint8_t* const* panel, size_t steps
   for (size_t at = 0; at < bytes; at += stride) {
     if (ahead) fetch_ahead<P, P * F::bytes>(panel[0] + at);
     for (size_t v = 0; v < F::vectors; ++v, x += step) {
-      for (int p = 0; p < P; ++p) {
-        const Codes w = F::load(panel[p] + at, groups[p], v);
-        for (size_t t = 0; t < T; ++t) sums[p][t].add(w, x + t * token, STRETCH * T);
+      if constexpr (FEW_REGISTERS) {
+        for (int p = 0; p < P; ++p) {
+          const Codes w = F::load(panel[p] + at, groups[p], v);
+          for (size_t t = 0; t < T; ++t) sums[p][t].add(w, x + t * token, STRETCH * T);
+        }
+      } else {
+        Codes w[P];
+        for (int p = 0; p < P; ++p) w[p] = F::load(panel[p] + at, groups[p], v);
+        for (size_t t = 0; t < T; ++t) {
+          for (int p = 0; p < P; ++p) sums[p][t].add(w[p], x + t * token, STRETCH * T);
+        }
       }
     }
   }

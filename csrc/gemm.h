@@ -17,9 +17,18 @@ inline void add_columns(const uint8_t* const (&step)[P], const typename F::Activ
   const uint8_t* w[P];
   for (int p = 0; p < P; ++p) w[p] = F::decoded(step[p], scratch[p]);
   for (size_t k = 0; k < STEP; ++k) {
-    for (int p = 0; p < P; ++p) {
-      const F16 column = F::column(w[p], k);
-      for (int t = 0; t < T; ++t) sums[p][t].fma(column, F16::all(widen(x[k * W + t])));
+    if constexpr (T < P) {
+      for (int p = 0; p < P; ++p) {
+        const F16 column = F::column(w[p], k);
+        for (int t = 0; t < T; ++t) sums[p][t].fma(column, F16::all(widen(x[k * W + t])));
+      }
+    } else {
+      F16 column[P];
+      for (int p = 0; p < P; ++p) column[p] = F::column(w[p], k);
+      for (int t = 0; t < T; ++t) {
+        const F16 b = F16::all(widen(x[k * W + t]));
+        for (int p = 0; p < P; ++p) sums[p][t].fma(column[p], b);
+      }
     }
   }
 }
