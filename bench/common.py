@@ -29,7 +29,8 @@ def read_bandwidth(threads: int, repeats: int = 3) -> float:
 
 
 def matmul_peak(threads: int) -> float:
-    """bf16 FLOP/s of torch's own matrix product: the best of a few."""
+    """FLOP/s of torch's own matrix product, in bf16 where the CPU has instructions for it, else fp32: the best of a
+    few."""
     torch.set_num_threads(threads)
     return matmul_peak_flops(size=2048, repeats=4)
 

@@ -162,7 +162,7 @@ def streamed(dialect: str, frames: list[tuple[str | None, str]]) -> Said:
     """What the increments of a stream amount to, as a client puts them together."""
     said = Said()
     if dialect in ("chat", "zai"):
-        assert frames[-1] == (None, "[DONE]")
+        assert frames[-1] == (None, "[DONE]"), frames[-3:]
         frames = frames[:-1]
     for name, data in frames:
         event = json.loads(data)

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
 
@@ -34,7 +37,7 @@ class Repetition:
                                f"least 2, found {self}", param="repetition")  # fmt: skip
 
 
-_MOST_STOPS, _LONGEST_STOP, _MOST_BIASES = 64, 1024, 1024  # what is looked at for every token
+_MOST_STOPS, _LONGEST_STOP = 64, 1024  # they are looked for after every token
 _WHOLE = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_budget")
 
 
@@ -83,9 +86,6 @@ class SamplingParams:
         far = next((b for b in self.logit_bias.values() if not -100 <= b <= 100), None)
         if far is not None:
             raise RequestError(f"logit_bias: expected values from -100 to 100, found {far:g}", param="logit_bias")
-        if len(self.logit_bias) > _MOST_BIASES:
-            raise RequestError(f"logit_bias: expected at most {_MOST_BIASES} tokens, found {len(self.logit_bias)}",
-                               param="logit_bias")  # fmt: skip
         if isinstance(self.stop, str) or len(self.stop) > _MOST_STOPS:
             raise RequestError(f"stop: expected at most {_MOST_STOPS} strings", param="stop")
         if not all(1 <= len(s) <= _LONGEST_STOP for s in self.stop):
@@ -94,6 +94,11 @@ class SamplingParams:
     @cached_property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @cached_property
+    def biases(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Tokens and what is added to their logits."""
+        return np.array(list(self.logit_bias), dtype=np.int64), np.array(list(self.logit_bias.values()), dtype=float)
 
     @cached_property
     def is_shifted(self) -> bool:

@@ -32,8 +32,8 @@ def processed(logits_W: Array, params: SamplingParams, tokens: Sequence[int], pr
     if not params.is_shifted:
         return logits_W
     x = logits_W.astype(np.float64)
-    for token, bias in params.logit_bias.items():
-        x[token] += bias
+    ids, values = params.biases
+    x[ids] += values
     if params.repetition_penalty != 1.0:
         seen = np.fromiter(set(tokens), dtype=np.int64)
         x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)

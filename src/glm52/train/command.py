@@ -16,6 +16,7 @@ from tqdm import tqdm
 from glm52.errors import ConfigError
 from glm52.shards import Shards
 from glm52.train import parallel
+from glm52.train.optim import product_dtype
 from glm52.train.trainer import Metrics, Recipe, Trainer, describe
 
 logger = logging.getLogger(__name__)
@@ -121,8 +122,8 @@ def training_flops_per_token(recipe: Recipe, window: int) -> float:
 
 
 def matmul_peak_flops(size: int = 1024, repeats: int = 8) -> float:
-    """bf16 matmul FLOP/s of this process's threads: the best of a few square products."""
-    a, b = torch.randn(size, size, dtype=torch.bfloat16), torch.randn(size, size, dtype=torch.bfloat16)
+    """FLOP/s of this process's threads in ``product_dtype``: the best of a few square products."""
+    a, b = torch.randn(size, size).to(product_dtype()), torch.randn(size, size).to(product_dtype())
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()

@@ -7,6 +7,7 @@ Source: Jordan et al., Muon (2024); GLM-5 technical report (arXiv 2602.15763), s
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -38,13 +39,21 @@ def split_matrices(name: str, x: Tensor, config: GLMConfig) -> list[Tensor]:
     return [x] if x.dim() == 3 else [x[None]]
 
 
+@cache
+def product_dtype() -> torch.dtype:
+    """What matrices are multiplied in: bfloat16 where this CPU has instructions for it, else float32. Without them
+    torch multiplies bfloat16 some hundred times slower."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def orthogonalize(m_nAB: Tensor, steps: int = 5) -> Tensor:
-    """Approximate U V^T of each matrix of a batch (rows <= columns), in bf16. Singular values end in about [0.7, 1.2].
+    """Approximate U V^T of each matrix of a batch (rows <= columns), by products in ``product_dtype``. Singular values
+    end in about [0.7, 1.2].
 
     Quintic Newton-Schulz iteration; coefficients from Jordan et al. (2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = m_nAB.bfloat16()
+    x = m_nAB.to(product_dtype())
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -88,7 +97,7 @@ class Muon(torch.optim.Optimizer):
                 u, target = (u.mT, target.mT) if flip else (u, target)
                 by_shape[tuple(u.shape[1:])].append((u, target))  # type: ignore[index]
         for pairs_of_shape in by_shape.values():
-            o = _orthogonalize_shared(torch.cat([u.bfloat16() for u, _ in pairs_of_shape]))
+            o = _orthogonalize_shared(torch.cat([u.to(product_dtype()) for u, _ in pairs_of_shape]))
             for (_, target), part in zip(pairs_of_shape, o.split([len(u) for u, _ in pairs_of_shape]), strict=True):
                 tall = target.stride(-1) != 1  # a transposed view: the parameter has more rows than columns
                 scale = (target.shape[2] / target.shape[1]) ** 0.5 if tall else 1.0

@@ -28,7 +28,7 @@ from glm52.shards import Shards
 from glm52.train import parallel
 from glm52.train.data import Batch, Piece, materialize, windows
 from glm52.train.init import init_weights
-from glm52.train.optim import Muon, uses_muon
+from glm52.train.optim import Muon, product_dtype, uses_muon
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Trainer:
     def _losses(self, batch: Batch, distill: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Summed next-token loss, summed MTP loss, mean indexer loss of a micro-batch."""
         model, head, zero = self.model, self.model.lm_head.weight, torch.zeros(())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=product_dtype() == torch.bfloat16):
             h, index = (
                 model.forward_distill(batch.tokens_T, batch.spans)
                 if distill
