@@ -200,7 +200,12 @@ def test_overflow_says_the_numbers(tiny) -> None:
             client(url).chat.completions.create(
                 model="tiny", messages=[{"role": "user", "content": "word " * 600}], stream=stream
             )
-        assert caught.value.code == "context_length_exceeded" and "512" in str(caught.value)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+        assert "512" in str(caught.value)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client(url).completions.create(model="tiny", prompt=[5] * 600)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    assert "512" in str(caught.value)
 
 
 def test_many_at_once(tiny) -> None:

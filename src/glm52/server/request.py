@@ -168,13 +168,13 @@ def guided(request: ChatRequest) -> SamplingParams:
 
 
 class ContextOverflow(RequestError):
-    """A prompt longer than the model can hold; every dialect has its own words for it."""
+    """A prompt longer than the model can hold; every dialect has its own words for it. field: where it was given."""
 
-    def __init__(self, prompt_tokens: int, limit: int) -> None:
+    def __init__(self, prompt_tokens: int, limit: int, field: str) -> None:
         super().__init__(
-            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
-            f"{prompt_tokens} tokens. Please reduce the length of the messages.",
-            param="messages", code="context_length_exceeded",
+            f"This model's maximum context length is {limit} tokens. However, your {field} resulted in "
+            f"{prompt_tokens} tokens. Please reduce the length of the {field}.",
+            param=field, code="context_length_exceeded",
         )  # fmt: skip
         self.prompt_tokens, self.limit = prompt_tokens, limit
 

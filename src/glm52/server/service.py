@@ -89,15 +89,16 @@ class Service:
             raise RequestError(f"The model {name!r} does not exist; this server has {', '.join(self.names)}.",
                                status=404, param="model", code="model_not_found")  # fmt: skip
 
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """RequestError unless the model can take it: before anything is done with any prompt of a request."""
+    def check_prompt(self, prompt: Sequence[int], field: str) -> None:
+        """RequestError unless the model can take it: before anything is done with any prompt of a request. field: where
+        it was given."""
         if not prompt:
-            raise RequestError("prompt: expected at least one token, found none", param="prompt")
+            raise RequestError(f"{field}: expected at least one token, found none", param=field)
         if len(prompt) >= self.context_length:
-            raise ContextOverflow(len(prompt), self.context_length)
+            raise ContextOverflow(len(prompt), self.context_length, field)
         bad = next((t for t in (min(prompt), max(prompt)) if not 0 <= t < self._vocab_size), None)
         if bad is not None:
-            raise RequestError(f"prompt: token {bad} is outside the vocabulary of {self._vocab_size}", param="prompt")
+            raise RequestError(f"{field}: token {bad} is outside the vocabulary of {self._vocab_size}", param=field)
 
     def call(
         self, request: ChatRequest, client: str, dialect: str, *, explain: bool, deadline_s: float | None
@@ -133,7 +134,7 @@ class Call:
         self.began = time.monotonic()
         self.request, prompts, self.notes = service.render(request, client)
         for prompt in prompts:
-            service.check_prompt(prompt)
+            service.check_prompt(prompt, "messages" if self.request.prompts is None else "prompt")
         self.divergence = service.prompts.explain(client, prompts[0]) if explain else None
         self._params = guided(self.request)
         self.answers = [
