@@ -71,7 +71,12 @@ struct Half {
 #else
 struct Half : ByFloats<bf16, Rounded> {
   static void round_query(const float* x, size_t n, Rounded* q) {
-    for (size_t k = 0; k < n; ++k) narrow(x[k], q[k / ROW_PAD * ROW_PAD + k % 2 * LANES + k % ROW_PAD / 2]);
+    for (size_t k = 0; k < n; k += ROW_PAD) {
+      for (size_t i = 0; i < LANES; ++i) {
+        narrow(x[k + 2 * i], q[k + i]);
+        narrow(x[k + 2 * i + 1], q[k + LANES + i]);
+      }
+    }
   }
   static void store(F16 even, F16 odd, float* out) { F16::store_pairs(even, odd, out); }
 };

@@ -6,7 +6,7 @@ namespace NS {
 namespace {
 
 float read(const float* data, size_t begin, size_t end) {
-  const bool ahead = fetches_ahead<BLOCK>();
+  const bool ahead = fetches_ahead<BLOCK>() && !FEW_REGISTERS;
   F16 sums[8];
   for (F16& s : sums) s = F16::zero();
   size_t i = begin;
