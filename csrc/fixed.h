@@ -92,7 +92,7 @@ inline void add_steps(const Panels& b, const uint8_t* const* panel, size_t steps
   for (size_t at = 0; at < bytes; at += stride) {
     if (ahead) fetch_ahead<P, P * F::bytes>(panel[0] + at);
     for (size_t v = 0; v < F::vectors; ++v, x += step) {
-      if constexpr (FEW_REGISTERS) {
+      if constexpr (FEW_REGISTERS) {  // which hold the codes of one panel at a time
         for (int p = 0; p < P; ++p) {
           const Codes w = F::load(panel[p] + at, groups[p], v);
           for (size_t t = 0; t < T; ++t) sums[p][t].add(w, x + t * token, STRETCH * T);

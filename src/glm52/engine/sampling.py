@@ -21,10 +21,10 @@ _GAMMA, _MIX, _MORE = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 
 def likeliest(x_W: Array, count: int) -> NDArray[np.int64]:
     """Ids of the ``count`` largest values, the largest first; of equal ones the lowest id."""
-    if 0 < count < len(x_W):
-        ids = np.flatnonzero(x_W >= np.partition(x_W, -count)[-count])
-        return ids[np.argsort(-x_W[ids], kind="stable")][:count]
-    return np.argsort(-x_W, kind="stable")[:count]
+    if not count:  # as for the log probability of the token alone: nothing is sorted
+        return np.empty(0, dtype=np.int64)
+    ids = np.flatnonzero(x_W >= np.partition(x_W, -count)[-count]) if count < len(x_W) else np.arange(len(x_W))
+    return ids[np.argsort(-x_W[ids], kind="stable")][:count]
 
 
 def processed(logits_W: Array, params: SamplingParams, tokens: Sequence[int], prompt_length: int) -> Array:
