@@ -285,6 +285,26 @@ def test_a_client_that_does_not_read_loses_its_place(limit: str) -> None:
         assert script.ended == 1 and service.gate.running == 0
 
 
+def test_events_set_no_timers() -> None:
+    """Each set one, in case the client did not read it, which cost more than to send it."""
+    timers = 0
+
+    async def main() -> httpx.Response:
+        loop = asyncio.get_running_loop()
+        call_at = loop.call_at
+
+        def counted(*call: Any, **context: Any) -> asyncio.TimerHandle:
+            nonlocal timers
+            timers += 1
+            return call_at(*call, **context)
+
+        loop.call_at = counted  # type: ignore[method-assign]
+        async with asgi(scripted_service(Script("</think>" + "word " * 200))) as client:
+            return await client.post(CHAT, json=BODY | {"stream": True})
+
+    assert len(sse(asyncio.run(main()).text)) > 200 > 10 * timers
+
+
 def test_a_hang_up_ends_the_sequence_within_a_step() -> None:
     """Also of those that wait for a place."""
     backend = AsyncEngine(ScriptedModel(always(" and so on")).engine())

@@ -108,12 +108,13 @@ class EventStream:
         self._is_begun = False
         self._unsaid: list[Frame] = []
         self._said_at = time.monotonic()
+        self._sending: list[float] = []  # when what the client has not taken yet was begun, the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send, call, status = send, self._call, 499
         try:
-            await _to_the_end(call, map(self._follow, call.answers), _disconnected(receive), self._show_life())
-            await self._say(self._writer.close(call.answers, call.usage), is_last=True)
+            await _to_the_end(call, map(self._follow, call.answers), _disconnected(receive), self._watch())
+            await self._in_time(self._say(self._writer.close(call.answers, call.usage), is_last=True))
             status = 200
         except ClientDisconnect:
             if not self._is_begun:
@@ -124,7 +125,7 @@ class EventStream:
             if not self._is_begun:
                 raise known from error
             with contextlib.suppress(ClientDisconnect):
-                await self._say(self._writer.fail(known), is_last=True)
+                await self._in_time(self._say(self._writer.fail(known), is_last=True))
         finally:
             call.finish(status)
 
@@ -139,17 +140,23 @@ class EventStream:
         if not all(a.reason for a in self._call.answers):  # the last goes out with what closes the stream
             await self._say()
 
-    async def _show_life(self) -> None:
-        """A sign of life whenever nothing was said for a while."""
+    async def _watch(self) -> None:
+        """A sign of life whenever nothing was said for a while; ClientDisconnect once the client has left something
+        unread for too long. One look at the clock is for all events: a timer for each costs more than most of them."""
         limits = self._call.service.options.limits
         while True:
-            patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
-            left = self._said_at + patience - time.monotonic()
+            if self._sending:
+                left = self._sending[0] + limits.send_s - time.monotonic()
+            else:
+                patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
+                left = self._said_at + patience - time.monotonic()
             if left > 0:
                 await asyncio.sleep(min(left, _LOOK_S))
                 continue
+            if self._sending:
+                raise ClientDisconnect
             # What it has begun to say is said, though the replies end meanwhile; then nobody asks how that went.
-            sign = asyncio.ensure_future(self._sign())
+            sign = asyncio.ensure_future(self._in_time(self._sign()))
             sign.add_done_callback(lambda s: s.cancelled() or s.exception())
             await asyncio.shield(sign)
 
@@ -176,11 +183,19 @@ class EventStream:
             await self._put({"type": "http.response.body", "body": body, "more_body": not is_last})
 
     async def _put(self, message: Message) -> None:
-        """ClientDisconnect if the client does not read: one that has stopped must not hold its place."""
+        began = time.monotonic()
+        self._sending.append(began)
+        try:
+            await self._send(message)
+        finally:
+            self._sending.remove(began)
+
+    async def _in_time(self, saying: Coroutine[Any, Any, None]) -> None:
+        """Something that may be said when nobody watches any more. ClientDisconnect if the client does not read."""
         patience = min(self._call.service.options.limits.send_s, max(self._call.time_left(), _LAST_S))
         try:
             async with asyncio.timeout(patience):
-                await self._send(message)
+                await saying
         except TimeoutError:
             raise ClientDisconnect from None
 
