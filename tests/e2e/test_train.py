@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from glm52 import ops
+from glm52 import cli, ops
 from glm52.cache import Spans
 from glm52.errors import ConfigError
 from glm52.load import load
@@ -229,3 +229,22 @@ def test_recipes_that_cannot_run_are_named(shards: Shards, tmp_path: Path) -> No
         Trainer(Recipe(name="t", config=tiny_config(), stages=(stage,)), shards, tmp_path, compiled=False)
     with pytest.raises(ConfigError, match="chat, text"):
         shards.bucket("poems")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1\ndef recipe(:\n", "SyntaxError: invalid syntax (odd.py, line 2)"),
+        ("\ndef recipe():\n    return int('x\\ny')\n", "odd.py, line 3: ValueError: invalid literal"),
+        ("def recipe():\n    return 3\n", "odd.py returned int"),
+        ("import nothing_of_this_name\n", "odd.py, line 1: ModuleNotFoundError: No module"),
+    ],
+)
+def test_recipes_that_are_none_are_one_line(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a recipe's own code raised was a traceback."""
+    (tmp_path / "odd.py").write_text(text)
+    assert cli.main(["train", str(tmp_path / "odd.py"), "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("glm52 train: recipe: ") and expected in error and error.count("\n") == 1

@@ -6,6 +6,7 @@ import json
 import logging
 import runpy
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,16 @@ def read_recipe(path: Path) -> Recipe:
     """Call ``recipe()`` of a Python file."""
     if not path.is_file():
         raise ConfigError(f"recipe: expected a Python file, found nothing at {path}")
-    make = runpy.run_path(str(path)).get("recipe")
+    try:
+        make = runpy.run_path(str(path)).get("recipe")
+        recipe = make() if callable(make) else None
+    except Exception as error:  # whatever its code does
+        lines = [f", line {f.lineno}" for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}{lines[-1] if lines else ''}"  # where it is not valid Python, the error itself says which line
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"recipe: {where}: {what}; GLM52_LOG=debug shows all") from error
     if not callable(make):
         raise ConfigError(f"recipe: {path} has no function recipe() that returns a Recipe")
-    recipe = make()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe: recipe() of {path} returned {type(recipe).__name__}, expected a Recipe")
     return recipe
