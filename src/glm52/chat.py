@@ -155,8 +155,9 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, tools=tools or None, add_generation_prompt=generate, **variables
             )
-        except jinja2.TemplateError as error:
-            raise RequestError(f"messages: the chat template rejects them ({error})", param="messages") from error
+        except Exception as error:  # jinja2's own, or whatever an expression of the template raises
+            found = f"{type(error).__name__}: {error}"
+            raise RequestError(f"messages: the chat template rejects them ({found})", param="messages") from error
 
     def render_ids(
         self,

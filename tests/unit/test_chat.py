@@ -238,3 +238,21 @@ def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_a_template_without_a_bottom_is_named(source: str) -> None:
     with pytest.raises(CheckpointError, match="nested too deep"):
         ChatTemplate(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ messages.none.at }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ messages[0].content.index('?') }}", "ValueError: substring not found"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_what_a_template_raises_is_an_error_of_the_messages(source: str, expected: str) -> None:
+    """Only jinja's own errors were; others were an internal error of the server, and a traceback in the terminal."""
+    with pytest.raises(RequestError, match=rf"^messages: the chat template rejects them \({expected}") as caught:
+        ChatTemplate(source).render([USER])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
