@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm52.errors import PlanError
-from glm52.options import integer
+from glm52.options import integer, some_name
 
 MODEL = "zai-org/GLM-5.2-FP8"
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drafts", type=integer(0, 64), default=5,
         help="tokens the MTP layer drafts per step; 0: none (default: 5)")  # fmt: skip
     add("--max-model-len", type=integer(1), metavar="N", help="the longest context (default: the server's)")
-    add("--served-model-name", default="glm-5.2", metavar="NAME", help="default: glm-5.2")
+    add("--served-model-name", type=some_name, default="glm-5.2", metavar="NAME", help="default: glm-5.2")
     add("--tool-call-parser", default="glm47", help="default: glm47, which GLM-5's calls need")
     add("--reasoning-parser", default="glm45", help="default: glm45")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")

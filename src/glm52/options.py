@@ -36,6 +36,13 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
+def some_name(text: str) -> str:
+    """A name; an empty one, as an unset variable leaves it, names nothing."""
+    if not text.strip():
+        raise ArgumentTypeError("expected a name, found nothing")
+    return text
+
+
 def some_path(text: str) -> Path:
     """A file or folder; an empty name, as an unset variable leaves it, is not the current folder."""
     if not text:

@@ -81,7 +81,9 @@ class Session:
                 fingerprint=f"{_weights(folder)} {fmt} {cache} top {model.index_topk} drafts {engine.num_drafts > 0}",
                 max_bytes=prefix_cache_bytes,
             )  # fmt: skip
-        return Session(folder.name, folder, model.config, tokenizer, template, engine, generation_defaults(folder))
+        return Session(
+            folder.absolute().name, folder, model.config, tokenizer, template, engine, generation_defaults(folder)
+        )
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from glm52 import cli
+from glm52.session import Session
 from tests.fixtures import write_tiny
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "cli.md"
@@ -83,6 +84,10 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--frobnicate"], "--frobnicate"),
         (["dance"], "'dance'"),
         (["data", "build"], "--out"),
+        (["serve", "--served-model-name", ""], "argument --served-model-name: expected a name"),
+        (["launch", "vllm", "--served-model-name", " "], "argument --served-model-name: expected a name"),
+        (["serve", "--port", "0", "--max-seqs", "600"], "--max-seqs: expected at most the 512 of --max-batch-tokens"),
+        (["serve", "--port", "0", "--max-batch-tokens", "4"], "found 8; lower it, or raise --max-batch-tokens"),
         (["inspect", "x" * 5000], "xxx"),
         (["chat", "--prompt", "\udcff"], r"--prompt \udcff': expected text in UTF-8"),
         (["chat", "\udcff"], r"chat \udcff': expected text in UTF-8"),
@@ -182,6 +187,13 @@ def test_a_model_that_computes_nothing_finite(tmp_path: Path, capsys: pytest.Cap
     assert "error: the model produced logits that are not finite" in capsys.readouterr().out
     assert cli.main(["eval", str(tmp_path), "--tasks", "add", "--items", "1"]) == 2
     assert "glm52 eval: the model produced logits that are not finite" in capsys.readouterr().err
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``glm52 serve .`` called its model nothing."""
+    write_tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert Session.open(Path(".")).name == tmp_path.name
 
 
 def test_the_reference_backend_runs_the_same_chat(tmp_path: Path) -> None:

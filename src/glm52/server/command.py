@@ -13,7 +13,7 @@ from glm52.config import GLMConfig
 from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import resolve
-from glm52.options import integer, number, some_path
+from glm52.options import integer, number, some_name, some_path
 from glm52.server import foreign
 from glm52.server.connections import Server
 from glm52.server.limits import Keys, Limits
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=integer(0, 65_535), default=8000, help="default: 8000; 0 picks a free one")
-    add("--served-model-name", action="append", metavar="NAME",
+    add("--served-model-name", type=some_name, action="append", metavar="NAME",
         help="name clients use; may be repeated, the first stands in replies (default: the folder's)")  # fmt: skip
     add("--api-key", action="append", default=[], metavar="KEY",
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
@@ -97,9 +97,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace, options: Options) -> Service:
     """A model that is computed here."""
+    batch_tokens = args.max_batch_tokens or BATCH_TOKENS
+    if args.max_seqs > batch_tokens:
+        raise RequestError(
+            f"--max-seqs: expected at most the {batch_tokens} of --max-batch-tokens, a token for each reply, found "
+            f"{args.max_seqs}; lower it, or raise --max-batch-tokens"
+        )
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
-        max_batch_tokens=args.max_batch_tokens or BATCH_TOKENS, num_drafts=args.drafts, cache=args.kv_cache_dtype,
+        max_batch_tokens=batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=PREFIX_CACHE_BYTES if args.prefix_cache_size is None else args.prefix_cache_size,
     )  # fmt: skip
@@ -133,7 +139,7 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
     tokenizer = Tokenizer.read(folder)
     upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=key)
     upstream.meet()
-    name, *aliases = args.served_model_name or [upstream.model or folder.name]
+    name, *aliases = args.served_model_name or [upstream.model or folder.absolute().name]
     return Service(
         upstream, tokenizer, ChatTemplate.read(folder), name=name, aliases=aliases, options=options,
         defaults=generation_defaults(folder), context_length=min(args.context or 1 << 30, upstream.context_length),
