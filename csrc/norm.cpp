@@ -1,5 +1,6 @@
 // Norms and rotations of one token, and the router's choice.
 #include <algorithm>
+#include <cfloat>
 
 #include "simd.h"
 #include "table.h"
@@ -52,7 +53,9 @@ void route(const float* logits, const float* bias, size_t experts, size_t k, flo
   float* choice = score + experts;
   for (size_t e = 0; e < experts; ++e) {
     score[e] = sigmoid(logits[e]);
-    choice[e] = score[e] + bias[e];
+    // What is not a number comes first, so that it shows; and nothing is as small as what was chosen already.
+    const float biased = score[e] + bias[e];
+    choice[e] = std::isnan(biased) ? INFINITY : std::max(biased, -FLT_MAX);
   }
   float total = 0.0f;
   for (size_t i = 0; i < k; ++i) {

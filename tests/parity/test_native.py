@@ -51,6 +51,21 @@ def test_f32_is_the_reference(shape: str, seed: int) -> None:
     assert (forward(NativeGLM(model, "f32", threads=2), tokens(), 64)[0] - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("odd", [-torch.inf, torch.inf, torch.nan])
+def test_experts_are_distinct_whatever_their_biases(odd: float) -> None:
+    """Of those that are never to be chosen the first was chosen again and again, where it took some to have enough. And
+    what is not a number was not chosen at all, where the reference chooses it first, so that it shows."""
+    model = random_model(tiny_config(**SHAPES["wider"] | {"num_nextn_predict_layers": 0}))
+    for name, bias_E in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias_E[[0, *range(2, 9)]] = odd
+    with torch.inference_mode():
+        expected = model.logits(model(tokens(), Spans.of_documents([LENGTH])))
+    native = NativeGLM(model, "f32", threads=2)
+    assert (forward(native, tokens(), LENGTH)[0] - expected).abs().max() < 1e-4
+    assert {reads for _, reads in native.expert_use.values()} == {3}
+
+
 def test_use_of_experts_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """hits: tokens times experts; reads: different experts of each step, as the reference's router chooses them."""
     config = tiny_config(num_nextn_predict_layers=0)
