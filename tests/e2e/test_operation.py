@@ -22,10 +22,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from glm52 import cli, ops
 from glm52.engine import AsyncEngine, SamplingParams
+from glm52.engine.store import Store
 from glm52.errors import GLMError, RequestError
 from glm52.hub import NANO
 from glm52.server import command
@@ -712,6 +714,25 @@ def test_a_server_whose_engine_is_dead_stops_and_says_so() -> None:
         with pytest.raises(GLMError, match="engine has failed"):
             server.run(sockets=[listener])
         assert asking.result() == 503
+
+
+def test_pages_that_wait_for_the_disk_outlive_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had been computed before it failed, and was queued to be written, was lost."""
+    model = Dying(always(" and so on"))
+    engine = model.engine()
+    store = engine.store = Store(
+        tmp_path, [torch.ones(64, 8, dtype=torch.uint8)], 64, fingerprint="", max_bytes=1 << 20
+    )
+    write = store._write
+    monkeypatch.setattr(store, "_write", lambda *job: (time.sleep(0.5), write(*job)))
+    names = store.name(range(64), [])
+    store.save(names, [0])
+    model.dies = True
+    engine.submit([5], SamplingParams())
+    service = scripted_service(AsyncEngine(engine), context_length=8192)
+    monkeypatch.setattr(command, "_engine", lambda *_: service)
+    assert cli.main(["serve", "--port", "0"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == names
 
 
 def test_small_frames_are_sent_at_once() -> None:

@@ -89,9 +89,11 @@ def run(args: argparse.Namespace) -> int:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-    Server(service).run(sockets=[listener])
-    if isinstance(service.backend, AsyncEngine):
-        service.backend.close()
+    try:
+        Server(service).run(sockets=[listener])
+    finally:  # a failed engine, too, has pages queued for the disk, which were whole before it failed
+        if isinstance(service.backend, AsyncEngine):
+            service.backend.close()
     return 0
 
 
