@@ -6,6 +6,7 @@
     ├── PlanError          a goal that no placement on this hardware can meet
     ├── CapacityError      a cache or a queue that is too small for what was asked
     └── RequestError       a request that is wrong; carries the HTTP status and the name of the field
+        └── ContextOverflow    its prompt is longer than the model can hold
 
 Shapes and dtypes that are wrong at the border to the kernels raise ``ValueError``.
 """
@@ -42,3 +43,15 @@ class RequestError(GLMError):
         self.status = status
         self.param = param
         self.code = code
+
+
+class ContextOverflow(RequestError):
+    """A prompt longer than the model can hold; every dialect has its own words for it. field: where it was given."""
+
+    def __init__(self, prompt_tokens: int, limit: int, field: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, your {field} resulted in "
+            f"{prompt_tokens} tokens. Please reduce the length of the {field}.",
+            param=field, code="context_length_exceeded",
+        )  # fmt: skip
+        self.prompt_tokens, self.limit = prompt_tokens, limit

@@ -4,6 +4,7 @@ import pytest
 
 from glm52.engine import Engine, SamplingParams, generate
 from glm52.engine.sequence import Sequence
+from glm52.errors import ContextOverflow, RequestError
 from tests.scripted import ScriptedModel, always, random_logits
 
 
@@ -102,3 +103,19 @@ def test_pages_of_a_reply_that_failed_are_not_shared(monkeypatch: pytest.MonkeyP
         patched.setattr(made.model, "logits", lambda h: right(h) * float("nan"))
         assert generate(made, [list(range(10, 60))], reply(3))[0].finish_reason == "error"
     assert generate(made, [list(range(10, 60))], reply(3))[0].num_cached_tokens == 0
+
+
+def test_what_can_never_be_served_is_refused_by_its_name() -> None:
+    """In the words that the server has for it: the engine had its own, which named messages, or nothing."""
+    made = engine(128)
+    with pytest.raises(ContextOverflow, match="your prompt resulted in 200 tokens"):
+        made.submit([5] * 200, reply(1))
+    for prompt, bias, expected in (
+        ([], {}, "prompt: expected at least one token"),
+        ([5, -1], {}, "prompt: token -1 is outside the vocabulary of 4096"),
+        ([5], {4096: 1.0}, "logit_bias: token 4096 is outside the vocabulary of 4096"),
+    ):
+        with pytest.raises(RequestError, match=f"^{expected}") as caught:
+            made.submit(prompt, reply(1, logit_bias=bias))
+        assert caught.value.param == expected.split(":")[0]
+    assert not made.has_work

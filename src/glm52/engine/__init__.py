@@ -2,7 +2,7 @@
 
 from glm52.engine.engine import Engine, Model, Stats, generate
 from glm52.engine.params import Repetition, SamplingParams
-from glm52.engine.sequence import Event, FinishReason, Sequence, TokenLogprob
+from glm52.engine.sequence import Event, FinishReason, Sequence, TokenLogprob, check_prompt, check_vocabulary
 from glm52.engine.stream import AsyncEngine
 
 __all__ = [
@@ -16,5 +16,7 @@ __all__ = [
     "Sequence",
     "Stats",
     "TokenLogprob",
+    "check_prompt",
+    "check_vocabulary",
     "generate",
 ]

@@ -21,7 +21,7 @@ from glm52.engine.matcher import Matcher, Matchers
 from glm52.engine.params import SamplingParams
 from glm52.engine.sampling import Array, distribution, draw, likeliest, log_probabilities, processed
 from glm52.engine.scheduler import Scheduler, Work
-from glm52.engine.sequence import Event, Sequence, TokenLogprob
+from glm52.engine.sequence import Event, Sequence, TokenLogprob, check_prompt, check_vocabulary
 from glm52.engine.speculate import DraftPolicy
 from glm52.engine.store import Store
 from glm52.errors import RequestError
@@ -113,21 +113,9 @@ class Engine:
 
     def submit(self, tokens: Iterable[int], params: SamplingParams) -> Sequence:
         """Queue a prompt. RequestError if it can never be served."""
-        prompt = list(tokens)
-        if not prompt:
-            raise RequestError("prompt: expected at least one token, found none", param="messages")
-        if len(prompt) >= self.context_length:
-            raise RequestError(
-                f"This model's maximum context length is {self.context_length} tokens. However, your messages resulted "
-                f"in {len(prompt)} tokens. Please reduce the length of the messages.",
-                param="messages", code="context_length_exceeded",
-            )  # fmt: skip
-        for name, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
-            bad = next((t for t in ids if not 0 <= t < self.model.config.vocab_size), None)
-            if bad is not None:
-                raise RequestError(
-                    f"token {bad} is outside the vocabulary of {self.model.config.vocab_size}", param=name
-                )
+        prompt, vocab_size = list(tokens), self.model.config.vocab_size
+        check_prompt(prompt, context_length=self.context_length, vocab_size=vocab_size)
+        check_vocabulary(params.logit_bias, vocab_size, "logit_bias")
         max_tokens = min(params.max_tokens, self.context_length - len(prompt))
         seq = Sequence(
             id=self._next_id, prompt=prompt, params=params, tokens=list(prompt), max_tokens=max_tokens,

@@ -1,14 +1,32 @@
 """One request inside the engine: its tokens, its rows, its drafts, and the text it has become."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from glm52.engine.guide import Closed, Guide
 from glm52.engine.params import SamplingParams
+from glm52.errors import ContextOverflow, RequestError
 from glm52.tokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition", "grammar"]
+
+
+def check_prompt(tokens: Collection[int], *, context_length: int, vocab_size: int, field: str = "prompt") -> None:
+    """RequestError if no such model can take it. field: where it was given."""
+    if not tokens:
+        raise RequestError(f"{field}: expected at least one token, found none", param=field)
+    if len(tokens) >= context_length:
+        raise ContextOverflow(len(tokens), context_length, field)
+    check_vocabulary(tokens, vocab_size, field)
+
+
+def check_vocabulary(tokens: Collection[int], vocab_size: int, field: str) -> None:
+    """RequestError unless all tokens are of the vocabulary."""
+    ends = min(tokens, default=0), max(tokens, default=0)
+    bad = next((t for t in ends if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"{field}: token {bad} is outside the vocabulary of {vocab_size}", param=field)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
 from glm52.engine import TokenLogprob
-from glm52.errors import RequestError
+from glm52.errors import ContextOverflow, RequestError
 from glm52.grammar import Grammar
 from glm52.ids import new_id
 from glm52.server import thinking
@@ -22,7 +22,6 @@ from glm52.server.request import (
     Answer,
     Body,
     ChatRequest,
-    ContextOverflow,
     Defaults,
     Frame,
     Json,

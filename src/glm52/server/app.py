@@ -15,11 +15,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from glm52 import __version__
-from glm52.errors import CapacityError, RequestError
+from glm52.errors import CapacityError, ContextOverflow, RequestError
 from glm52.server import anthropic, completions, openai, page, responses, tokens, zai
 from glm52.server.http import EventStream, as_request_error, json_body, run_whole, sse
 from glm52.server.openapi import document
-from glm52.server.request import ChatRequest, ContextOverflow, Defaults, Json
+from glm52.server.request import ChatRequest, Defaults, Json
 from glm52.server.service import Call, Service
 
 _LARGE_BODY = 1 << 16  # bytes from which a prompt is rendered off the event loop

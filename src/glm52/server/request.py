@@ -167,18 +167,6 @@ def guided(request: ChatRequest) -> SamplingParams:
     return replace(request.params, grammar=grammar, thinking_budget=budget, repetition=repetition)
 
 
-class ContextOverflow(RequestError):
-    """A prompt longer than the model can hold; every dialect has its own words for it. field: where it was given."""
-
-    def __init__(self, prompt_tokens: int, limit: int, field: str) -> None:
-        super().__init__(
-            f"This model's maximum context length is {limit} tokens. However, your {field} resulted in "
-            f"{prompt_tokens} tokens. Please reduce the length of the {field}.",
-            param=field, code="context_length_exceeded",
-        )  # fmt: skip
-        self.prompt_tokens, self.limit = prompt_tokens, limit
-
-
 class Answer:
     """One reply while it arrives: parses the text, counts what it was made of. Pure: it is fed events.
 

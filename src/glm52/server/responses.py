@@ -24,7 +24,7 @@ from glm52.chat import (
     ToolCallStart,
 )
 from glm52.engine import TokenLogprob
-from glm52.errors import RequestError
+from glm52.errors import ContextOverflow, RequestError
 from glm52.grammar import Grammar
 from glm52.ids import new_id
 from glm52.server import thinking
@@ -33,7 +33,6 @@ from glm52.server.request import (
     Answer,
     Body,
     ChatRequest,
-    ContextOverflow,
     Defaults,
     Frame,
     Json,

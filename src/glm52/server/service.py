@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from glm52.chat import ChatTemplate, Delta
-from glm52.engine import Event, SamplingParams, TokenLogprob
+from glm52.engine import Event, SamplingParams, TokenLogprob, check_prompt
 from glm52.errors import RequestError
 from glm52.server.limits import Gate, Keys, Limits
 from glm52.server.metrics import Metrics
 from glm52.server.prefixes import PromptLog
 from glm52.server.recall import Recall
-from glm52.server.request import Answer, ChatRequest, ContextOverflow, Json, Usage, guided, usage_of
+from glm52.server.request import Answer, ChatRequest, Json, Usage, guided, usage_of
 from glm52.server.stable import neutralised
 from glm52.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ class Service:
         self.gate = Gate(self.options.limits.max_running, self.options.limits.max_waiting)
         self.prompts, self.recall = PromptLog(tokenizer), Recall()
         engine = getattr(backend, "engine", None)
-        self._vocab_size = engine.model.config.vocab_size if engine else tokenizer.vocab_size
+        self.vocab_size = engine.model.config.vocab_size if engine else tokenizer.vocab_size
         self.metrics = Metrics(engine, lambda: self.gate.running, lambda: self.gate.waiting)
         self.stops_at = math.inf
 
@@ -88,17 +88,6 @@ class Service:
         if plain and plain not in self.names and not (any_of and plain.startswith(any_of)):
             raise RequestError(f"The model {name!r} does not exist; this server has {', '.join(self.names)}.",
                                status=404, param="model", code="model_not_found")  # fmt: skip
-
-    def check_prompt(self, prompt: Sequence[int], field: str) -> None:
-        """RequestError unless the model can take it: before anything is done with any prompt of a request. field: where
-        it was given."""
-        if not prompt:
-            raise RequestError(f"{field}: expected at least one token, found none", param=field)
-        if len(prompt) >= self.context_length:
-            raise ContextOverflow(len(prompt), self.context_length, field)
-        bad = next((t for t in (min(prompt), max(prompt)) if not 0 <= t < self._vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"{field}: token {bad} is outside the vocabulary of {self._vocab_size}", param=field)
 
     def call(
         self, request: ChatRequest, client: str, dialect: str, *, explain: bool, deadline_s: float | None
@@ -133,8 +122,11 @@ class Call:
         self.service, self.client, self.dialect = service, client, dialect
         self.began = time.monotonic()
         self.request, prompts, self.notes = service.render(request, client)
-        for prompt in prompts:
-            service.check_prompt(prompt, "messages" if self.request.prompts is None else "prompt")
+        for prompt in prompts:  # all of them, before anything is done with one
+            check_prompt(
+                prompt, context_length=service.context_length, vocab_size=service.vocab_size,
+                field="messages" if self.request.prompts is None else "prompt",
+            )  # fmt: skip
         self.divergence = service.prompts.explain(client, prompts[0]) if explain else None
         self._params = guided(self.request)
         self.answers = [

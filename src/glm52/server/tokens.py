@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from glm52.errors import RequestError
+from glm52.engine import check_vocabulary
 from glm52.server import openai
 from glm52.server.request import Body, Json, validated
 from glm52.server.service import Service
@@ -38,8 +38,5 @@ def tokenize(service: Service, client: str, body: Any) -> Json:
 def detokenize(service: Service, body: Any) -> Json:
     given = validated(DetokenizeBody, body)
     service.check_model(given.model or "")
-    size = service.tokenizer.vocab_size
-    bad = next((t for t in given.tokens if not 0 <= t < size), None)
-    if bad is not None:
-        raise RequestError(f"tokens: {bad} is outside the vocabulary of {size}", param="tokens")
+    check_vocabulary(given.tokens, service.tokenizer.vocab_size, "tokens")
     return {"prompt": service.tokenizer.decode(given.tokens)}

@@ -7,9 +7,9 @@ chunk; ``do_sample`` false is greedy. On the coding plan's path reasoning is pre
 from dataclasses import replace
 from typing import Any
 
-from glm52.errors import RequestError
+from glm52.errors import ContextOverflow, RequestError
 from glm52.server import openai
-from glm52.server.request import Answer, ChatRequest, ContextOverflow, Defaults, Json, Usage, validated
+from glm52.server.request import Answer, ChatRequest, Defaults, Json, Usage, validated
 
 # Z.ai's own numbers for what went wrong; the rest are HTTP's.
 _CODES = {401: "1001", 404: "1211", 400: "1214", 413: "1214", 429: "1302", 503: "1305", 500: "1234"}
