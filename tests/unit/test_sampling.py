@@ -46,6 +46,22 @@ def test_penalties_count_what_was_said() -> None:
     assert processed(x, SamplingParams(logit_bias={2: 5.0}), [], 0).tolist() == [0, 0, 5, 0]
 
 
+@given(
+    said=st.lists(st.integers(0, 7), max_size=40),
+    prompt_length=st.integers(0, 40),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+)
+def test_penalties_are_those_of_each_token_by_itself(
+    said: list[int], prompt_length: int, presence: float, frequency: float
+) -> None:
+    x = np.linspace(-9.7, 9.1, 8)
+    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    counts = [said[prompt_length:].count(token) for token in range(8)]
+    expected = [v - (presence + frequency * n) if n else v for v, n in zip(x.tolist(), counts, strict=True)]
+    assert processed(x, params, said, prompt_length).tolist() == expected
+
+
 @given(seed=st.integers(-(2**63), 2**64 - 1), position=st.integers(0, 1 << 20))
 def test_draws_are_a_function_of_seed_and_position_and_never_the_impossible(seed: int, position: int) -> None:
     p = np.array([0.0, 0.5, 0.0, 0.5, 0.0])

@@ -5,7 +5,6 @@ of the distribution, the seed and the position, so a sampled reply does not depe
 whether tokens were drafted.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +36,9 @@ def processed(logits_W: Array, params: SamplingParams, tokens: Sequence[int], pr
     if params.repetition_penalty != 1.0:
         seen = np.fromiter(set(tokens), dtype=np.int64)
         x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)
-    for token, count in Counter(tokens[prompt_length:]).items():
-        x[token] -= params.presence_penalty + params.frequency_penalty * count
+    if params.presence_penalty or params.frequency_penalty:
+        said, counts = np.unique(np.array(tokens[prompt_length:], dtype=np.int64), return_counts=True)
+        x[said] -= params.presence_penalty + params.frequency_penalty * counts
     return x
 
 
