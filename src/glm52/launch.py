@@ -1,14 +1,17 @@
 """``glm52 launch``: the command that starts vLLM or SGLang for a checkpoint of GLM-5.2 on given GPUs. Needs neither.
 
-The flags are those of the recipes that the projects publish for it; numbers of memory are the recipes' least.
+The flags are those of the recipes that the projects publish for it; so is the least memory: 1.2 times the weights.
 """
 
 import argparse
 import os
+import re
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from glm52.errors import PlanError
 from glm52.options import integer, some_name
@@ -29,8 +32,7 @@ GPUS = {
     "h100": Gpu(80, "fp8"), "h200": Gpu(141, "fp8"), "h20": Gpu(96, "auto"), "b200": Gpu(180, "fp8_e4m3"),
     "b300": Gpu(288, "fp8_e4m3"), "mi300x": Gpu(192, "fp8_e4m3", True), "mi355x": Gpu(288, "fp8_e4m3", True),
 }  # fmt: skip
-_LEAST_GB = {"mxfp4": 446, "nvfp4": 558, "fp8": 893}
-_LEAST_BF16_GB = 1786
+_LEAST_GB = {"mxfp4": 446, "nvfp4": 558, "fp8": 893, r"bf16|glm-5\.2$": 1786}  # by what a repository's name says
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,12 +68,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_memory(model: str, gpu: str, num_gpus: int) -> None:
-    """PlanError if the weights do not fit. How they are stored is read off the name."""
-    least = next((gb for name, gb in _LEAST_GB.items() if name in model.lower()), _LEAST_BF16_GB)
-    has = GPUS[gpu].memory_gb * num_gpus
-    if has < least:
-        raise PlanError(f"{model} needs {least} GB of GPU memory; {num_gpus} x {gpu} have {has} GB. Take more GPUs or "
-                        "a smaller form (FP8, NVFP4)")  # fmt: skip
+    """PlanError if the weights do not fit; a word on standard error if nothing says how large they are."""
+    least, has = least_gb(model), GPUS[gpu].memory_gb * num_gpus
+    if least is None:
+        print(f"glm52: {model}: neither files nor the name tell how its weights are stored, so whether they fit "
+              f"{num_gpus} x {gpu} ({has} GB) was not checked", file=sys.stderr)  # fmt: skip
+    elif has < least:
+        raise PlanError(f"{model} needs {least:.0f} GB of GPU memory; {num_gpus} x {gpu} have {has} GB. Take more GPUs "
+                        "or a smaller form (FP8, NVFP4)")  # fmt: skip
+
+
+def least_gb(model: str) -> float | None:
+    """What a checkpoint needs: by the files of a folder, by the name of a repository; None where neither tells."""
+    stored = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if stored:
+        return 1.2 * stored / 1e9
+    return next((gb for name, gb in _LEAST_GB.items() if re.search(name, model.lower())), None)
 
 
 def command(args: argparse.Namespace) -> list[str]:

@@ -1,6 +1,7 @@
 """Commands for other servers, and their flags where they mean little."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -34,12 +35,28 @@ def test_sglang_as_the_cookbook_has_it(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize(("args", "words"), [
     (["vllm", "zai-org/GLM-5.2"], "needs 1786 GB"),
+    (["vllm", "somebody/GLM-5.2-BF16"], "needs 1786 GB"),
     (["sglang", "--gpu", "h100"], "needs 893 GB of GPU memory; 8 x h100 have 640 GB"),
     (["vllm", "--exec"], "there is no vllm here"),
 ])  # fmt: skip
 def test_what_cannot_run(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", *args]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_folder_is_as_large_as_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "model-00001-of-00001.safetensors").open("wb") as file:
+        file.truncate(1000 * 10**9)  # a hole of a terabyte
+    assert str(tmp_path) in printed(capsys, "vllm", str(tmp_path), "--gpu", "b300")
+    assert cli.main(["launch", "vllm", str(tmp_path)]) == 2
+    assert "needs 1200 GB of GPU memory; 8 x h200 have 1128 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["cyankiwi/GLM-5.2-AWQ-INT4", "/models/glm-5.2-w4a8"])
+def test_what_nothing_tells_the_size_of_is_not_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "sglang", model]) == 0
+    shown = capsys.readouterr()
+    assert f"--model-path {model}" in shown.out and "was not checked" in shown.err
 
 
 def test_serve_takes_the_flags_of_vllm_and_names_those_without_meaning() -> None:
