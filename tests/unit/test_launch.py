@@ -18,12 +18,17 @@ def test_vllm_as_the_recipe_has_it(capsys: pytest.CaptureFixture[str]) -> None:
     line = printed(capsys, "vllm")
     assert line.startswith(
         "vllm serve zai-org/GLM-5.2-FP8 --tensor-parallel-size 8 --kv-cache-dtype fp8 --speculative-config.method mtp "
-        "--speculative-config.num_speculative_tokens 5 --enable-auto-tool-choice"
+        "--speculative-config.num_speculative_tokens 5 --max-model-len auto --enable-auto-tool-choice"
     )
     assert "--tool-call-parser glm47 --reasoning-parser glm45" in line
-    assert "--kv-cache-dtype" not in printed(capsys, "vllm", "--gpu", "h20", "--tensor-parallel-size", "16")
-    assert "--kv-cache-dtype fp8_e4m3" in printed(capsys, "vllm", "--gpu", "b200")
-    assert "--max-model-len 524288" in printed(capsys, "vllm", "--gpu", "mi300x")
+    assert "--kv-cache-dtype" not in printed(capsys, "vllm", "--gpu", "h20")
+    assert "--kv-cache-dtype fp8_e4m3" in (blackwell := printed(capsys, "vllm", "--gpu", "b200"))
+    assert "--max-num-seqs 32" in blackwell
+    amd = printed(capsys, "vllm", "--gpu", "mi300x")
+    assert amd.startswith("VLLM_ROCM_USE_AITER=1 VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=1 vllm serve")
+    assert "--max-model-len 524288 --gpu-memory-utilization 0.80 --max-num-seqs 32 --linear-backend aiter" in amd
+    assert "--trust-remote-code" in printed(capsys, "vllm", "amd/GLM-5.2-MXFP4", "--gpu", "mi355x")
+    assert "--max-model-len 131072" in printed(capsys, "vllm", "--max-model-len", "131072")
     assert "speculative" not in printed(capsys, "vllm", "--drafts", "0")
 
 
@@ -37,11 +42,20 @@ def test_sglang_as_the_cookbook_has_it(capsys: pytest.CaptureFixture[str]) -> No
     (["vllm", "zai-org/GLM-5.2"], "needs 1786 GB"),
     (["vllm", "somebody/GLM-5.2-BF16"], "needs 1786 GB"),
     (["sglang", "--gpu", "h100"], "needs 893 GB of GPU memory; 8 x h100 have 640 GB"),
+    (["vllm", "--tensor-parallel-size", "7"], "expected a divisor of 64"),
+    (["vllm", "--max-model-len", "2000000"], "--max-model-len"),
     (["vllm", "--exec"], "there is no vllm here"),
 ])  # fmt: skip
 def test_what_cannot_run(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", *args]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_form_on_other_gpus_than_the_recipe_s_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "vllm", "nvidia/GLM-5.2-NVFP4"]) == 0
+    assert "has NVFP4 for b200, b300 alone" in capsys.readouterr().err
+    assert cli.main(["launch", "vllm", "nvidia/GLM-5.2-NVFP4", "--gpu", "b300"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_folder_is_as_large_as_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
