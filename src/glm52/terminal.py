@@ -1,4 +1,7 @@
-"""``glm52 chat``: a conversation in the terminal. Reasoning is shown apart; Ctrl-C stops a reply, not the program."""
+"""``glm52 chat``: a conversation in the terminal. Reasoning is shown apart; Ctrl-C stops a reply, not the program.
+
+Where standard output is no terminal, it gets the answers; reasoning, remarks and errors go to standard error.
+"""
 
 import argparse
 import sys
@@ -48,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--think", choices=("on", "off"), default="on")
-    parser.add_argument("--effort", choices=("high", "max"), default="max")
+    parser.add_argument("--effort", choices=("high", "max"), help="how hard to think (default: max)")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-tokens", type=integer(1), default=1024, help="longest reply (default: 1024)")
     parser.add_argument("--temperature", type=number(0, 2), help="0 is greedy (default: the model's)")
@@ -59,11 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.think == "off" and args.effort:
+        raise RequestError("--effort: expected thinking to be on; leave out --think off")
     session = Session.open(resolve(args.model), fmt=args.format, num_drafts=args.drafts,
                            cache=args.kv_cache_dtype)  # fmt: skip
-    chat = Chat(session, args, sys.stdout)
+    chat = Chat(session, args, sys.stdout, aside=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.prompt is not None:
         return 0 if chat.say(args.prompt) else 1
+    failures = 0
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing for input())
 
@@ -73,24 +79,26 @@ def run(args: argparse.Namespace) -> int:
             line = input(chat.style("> ", "1") if sys.stdin.isatty() else "")
             line.encode()
         except EOFError:
-            return 0
+            break
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D leaves)")
             continue
         except UnicodeError as error:  # from decoding, or from bytes that were let through
             raise RequestError(f"stdin: expected text in UTF-8 ({error})") from error
         if line.strip() in ("/exit", "/quit"):
-            return 0
+            break
         if line.strip():
-            chat.handle(line)
+            failures += not chat.handle(line)
+    return 1 if failures and not sys.stdin.isatty() else 0
 
 
 class Chat:
-    """One conversation: its messages, its settings, and how they are shown."""
+    """One conversation: its messages, its settings, and how they are shown: answers on ``out``, what is beside them on
+    ``aside``."""
 
-    def __init__(self, session: Session, args: argparse.Namespace, out: TextIO) -> None:
-        self.session, self.out = session, out
-        self.thinking = Thinking(enabled=args.think == "on", effort=args.effort)
+    def __init__(self, session: Session, args: argparse.Namespace, out: TextIO, aside: TextIO) -> None:
+        self.session, self.out, self.aside = session, out, aside
+        self.thinking = Thinking(enabled=args.think == "on", effort=args.effort or "max")
         self.system = args.system
         self.messages: list[dict[str, Any]] = []
         defaults = session.defaults
@@ -111,11 +119,10 @@ class Chat:
         about = next((line[2:] for line in lines if line.startswith("> ")), f"Model: {self.session.name}")
         print(f"{about}\n/help lists commands, /examples shows what to ask.\n", file=self.out)
 
-    def handle(self, line: str) -> None:
-        """A command or a message."""
+    def handle(self, line: str) -> bool:
+        """A command or a message -> whether it could be done."""
         if not line.startswith("/"):
-            self.say(line)
-            return
+            return self.say(line)
         command, _, argument = line[1:].strip().partition(" ")
         commands: dict[str, Callable[[str], str]] = {
             "help": lambda _: HELP, "examples": lambda _: EXAMPLES, "stats": lambda _: self.stats(),
@@ -123,6 +130,7 @@ class Chat:
         }  # fmt: skip
         action = commands.get(command)
         print(action(argument.strip()) if action else f"/{command} is not a command; /help lists them", file=self.out)
+        return action is not None
 
     def _think(self, argument: str) -> str:
         if argument not in ("on", "off"):
@@ -161,10 +169,10 @@ class Chat:
         try:
             reply = self._stream([*system, *self.messages])
         except KeyboardInterrupt:
-            print(self.style(" (stopped)", "2"), file=self.out)
+            print(self.style(" (stopped)", "2"), file=self.aside)
             self.messages.pop()
         except GLMError as error:
-            print(self.style(f"error: {error}", "31"), file=self.out)
+            print(self.style(f"error: {error}", "31"), file=self.aside)
             self.messages.pop()
         else:
             message: dict[str, Any] = {"role": "assistant", "content": reply.content}
@@ -210,9 +218,9 @@ class Display:
         for d in deltas:
             if isinstance(d, ReasoningDelta):
                 if not self._in_reasoning:
-                    self._write("thinking: ", "2;3")
+                    self._remark("thinking: ", "2;3")
                     self._in_reasoning = True
-                self._write(d.text, "2")
+                self._remark(d.text, "2")
                 continue
             self._end_reasoning()
             if isinstance(d, ContentDelta):
@@ -224,19 +232,26 @@ class Display:
             elif isinstance(d, ToolCallEnd):
                 self._write("]\n", "36")
             elif isinstance(d, Diagnostic):
-                self._write(f"[{d.code}: {d.message}]\n", "33")
+                self._remark(f"[{d.code}: {d.message}]\n", "33")
 
     def end(self, finish_reason: str | None, *, cut: bool) -> None:
         """cut: whether the budget ended the thinking."""
         if self._in_reasoning:
             self._end_reasoning()
         remarks = ["thinking was cut short"] * cut + [finish_reason] * (finish_reason not in ("stop", None))
-        self._write(f" ({'; '.join(map(str, remarks))})\n" if remarks else "\n")
+        if remarks:
+            self._remark(f" ({'; '.join(map(str, remarks))})")
+            if self._chat.aside is not self._chat.out:
+                self._remark("\n")
+        self._write("\n")
 
     def _end_reasoning(self) -> None:
         if self._in_reasoning:
-            self._write(f"\n({time.perf_counter() - self._began:.1f} s)\n", "2;3")
+            self._remark(f"\n({time.perf_counter() - self._began:.1f} s)\n", "2;3")
             self._in_reasoning = False
 
     def _write(self, text: str, code: str | None = None) -> None:
         print(self._chat.style(text, code) if code else text, end="", file=self._chat.out, flush=True)
+
+    def _remark(self, text: str, code: str = "2") -> None:
+        print(self._chat.style(text, code), end="", file=self._chat.aside, flush=True)

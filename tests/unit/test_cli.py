@@ -82,6 +82,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "--text", "/nonexistent"], "--text: expected token shards"),
         (["inspect", ""], "model: expected a folder or a name"),
         (["chat", "--frobnicate"], "--frobnicate"),
+        (["chat", "--think", "off", "--effort", "high"], "--effort: expected thinking to be on"),
         (["dance"], "'dance'"),
         (["data", "build"], "--out"),
         (["serve", "--served-model-name", ""], "argument --served-model-name: expected a name"),
@@ -152,8 +153,8 @@ def test_a_conversation_through_pipes(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     lines = "/help\n/think off\nHi\n/effort high\n/think maybe\n/dance\n/stats\n/reset\n/exit\nnever read\n"
     done = glm52("chat", str(tmp_path), "--max-tokens", "8", text=lines)
-    assert done.returncode == 0 and not done.stderr
-    for expected in ("/think on|off", "thinking is off", "(length)", "effort high", "/think on or /think off",
+    assert done.returncode == 1 and done.stderr == " (length)\n"  # /dance could not be done
+    for expected in ("/think on|off", "thinking is off", "effort high", "/think on or /think off",
                      "/dance is not a command", "tokens/s", "a new conversation"):  # fmt: skip
         assert expected in done.stdout
     assert "\x1b" not in done.stdout and "never" not in done.stdout
@@ -162,9 +163,12 @@ def test_a_conversation_through_pipes(tmp_path: Path) -> None:
 def test_one_prompt_and_too_long_a_prompt(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     done = glm52("chat", str(tmp_path), "--max-tokens", "4", "--prompt", "Hi")
-    assert done.returncode == 0 and done.stdout.startswith("thinking: ")
-    long = glm52("chat", str(tmp_path), "--prompt", "word " * 600)
-    assert "maximum context length is 512" in long.stdout
+    assert done.returncode == 0 and done.stderr.startswith("thinking: ") and "thinking" not in done.stdout
+    for long in (
+        glm52("chat", str(tmp_path), "--prompt", "word " * 600),
+        glm52("chat", str(tmp_path), text="word " * 600 + "\n"),
+    ):
+        assert long.returncode == 1 and not long.stdout and "maximum context length is 512" in long.stderr
 
 
 def test_what_is_typed_is_text(tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_a_model_that_computes_nothing_finite(tmp_path: Path, capsys: pytest.Cap
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, tmp_path / "model.safetensors")
     assert cli.main(["chat", str(tmp_path), "--prompt", "Hi"]) == 1
-    assert "error: the model produced logits that are not finite" in capsys.readouterr().out
+    assert "error: the model produced logits that are not finite" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path), "--tasks", "add", "--items", "1"]) == 2
     assert "glm52 eval: the model produced logits that are not finite" in capsys.readouterr().err
 
