@@ -193,6 +193,13 @@ const int8_t* read_zeros(const Source& s, const Array& zeros, std::initializer_l
   return z;
 }
 
+void require_nibbles(const Array& w) {
+  const auto* codes = static_cast<const int8_t*>(w.data());
+  int8_t low = 0, high = 0;
+  for (size_t i = 0; i < w.size(); ++i) low = std::min(low, codes[i]), high = std::max(high, codes[i]);
+  if (low < -ZERO_POINT || high >= ZERO_POINT) refuse("w: expected -8 to 7 for int4");
+}
+
 Weights pack_matrix(const std::string& format, Array w, std::optional<Array> scales, size_t group, size_t scale_rows,
                     std::optional<Array> zeros, size_t threads) {
   Source s = {};
@@ -207,6 +214,7 @@ Weights pack_matrix(const std::string& format, Array w, std::optional<Array> sca
           : s.format == Format::fp8  ? "uint8 (E4M3 bits)"
                                      : "int8",
           {ANY, ANY});
+  if (s.format == Format::int4) require_nibbles(w);
   s.data = w.data();
   s.rows = w.shape(0);
   s.depth = w.shape(1);

@@ -177,6 +177,10 @@ def test_all_values_less_all_zeros() -> None:
             kernels.pack("int4", data, torch.ones(16, 17), 32, zeros=wrong)
     with pytest.raises(ValueError, match="zeros"):
         kernels.pack("int8", data, torch.ones(16, 17), 32, zeros=zero)
+    for wrong in (-9, 8):
+        data[3, 5] = wrong
+        with pytest.raises(ValueError, match="-8 to 7"):
+            kernels.pack("int4", data, torch.ones(16, 17), 32)
 
 
 def test_every_e4m3_value_is_decoded_exactly() -> None:
