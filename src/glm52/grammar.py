@@ -7,7 +7,9 @@ silently:
 
     properties, required, additionalProperties of the parameters' own level are held, in any order of the arguments;
     where properties are declared and additionalProperties is not, there are no others;
-    a string argument is raw text: enum, const, pattern, minLength and maxLength are held, format is not;
+    a string argument is raw text: enum, const, pattern, minLength and maxLength are held, format is not; where it has
+    a grammar of its own (``x-lark``), that is held instead, and whoever writes it sees to it that no text spells out a
+    marker that ends the argument;
     every other argument is JSON by its schema, as far as llguidance knows the keywords.
 """
 
@@ -33,6 +35,7 @@ from glm52.chat import (
 from glm52.errors import RequestError
 
 Schema = Mapping[str, Any]
+LARK = "x-lark"  # of a string in a tool's parameters: a grammar that its text keeps to
 
 # Text that spells a marker out would be read as one. Special tokens themselves are no part of any text.
 _TEXT = rf"/(?s:.*)/ & ~/(?s:.*)({THINK}|{END_THINK}|{CALL})(?s:.*)/".replace("</", r"<\/")
@@ -270,6 +273,11 @@ def _strings(rules: _Rules, schema: Schema, root: Schema, where: str, raw: str) 
     if "const" in schema or isinstance(schema.get("enum"), list):
         texts = [schema["const"]] if "const" in schema else schema["enum"]
         return [_quoted(t) for t in texts if isinstance(t, str)]
+    if isinstance(schema.get(LARK), str):
+        body = f"%lark {{\n{schema[LARK]}\n}}"
+        if not _validated(f"start: {body}")[0]:
+            return [rules.rule(body)]
+        rules.warnings.append(f"{where}: its grammar is not held")
     parts = [resolve_reference(b, root) for b in branches(schema, "anyOf", "oneOf", "allOf")]
     if len(parts) == 1 or (parts and "allOf" not in schema):
         return [a for b in parts if isinstance(b, Mapping) for a in _strings(rules, b, root, where, raw)]

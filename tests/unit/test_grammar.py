@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from glm52.engine.matcher import Matchers
 from glm52.errors import RequestError
-from glm52.grammar import Grammar, full_match, without_unknown_formats
+from glm52.grammar import LARK, Grammar, full_match, without_unknown_formats
 from tests.scripted import EOS, TOKENIZER
 
 MATCHERS = Matchers(TOKENIZER, 4096, frozenset(EOS))
@@ -47,6 +47,22 @@ PING = tool("ping", {})
 NOTE = tool("note", {"a": {"type": "string"}}, additionalProperties={"type": "integer"})
 FREE = {"name": "free", "parameters": {}}
 TOOLS = [WEATHER, PING, NOTE, FREE]
+
+
+def test_text_with_a_grammar_of_its_own() -> None:
+    """Calls of several tools with such grammars, whose rules have names in common; what is no grammar is a warning."""
+    forms = {
+        "patch": 'start: line+\nline: "+" /.*/ LF\n%import common.LF',
+        "sum": 'start: line\nline: /[0-9]+/ ("+" line)?',
+    }
+    tools = [{"name": n, "parameters": {"properties": {"input": {"type": "string", LARK: f}}, "required": ["input"]}}
+             for n, f in forms.items()]  # fmt: skip
+    grammar = Grammar.tool_calls(tools)
+    assert not grammar.warnings and accepts(grammar, "Hi") and accepts(grammar, call("patch", input="+a}\n+\n"))
+    assert accepts(grammar, call("sum", input="1+2") + call("patch", input="+\n"))
+    assert not accepts(grammar, call("patch", input="a\n")) and not accepts(grammar, call("sum", input="+a\n"))
+    tools[0]["parameters"]["properties"]["input"][LARK] = "start: <"
+    assert Grammar.tool_calls(tools).warnings == ("patch.input: its grammar is not held",)
 
 
 @pytest.mark.parametrize(
