@@ -281,8 +281,9 @@ def test_responses_leave_nothing_out_in_silence(script: Script, http: httpx.Clie
         reply = http.post("/v1/responses", json={"input": "Hi", **fields})
         error = reply.json()["error"]
         assert (reply.status_code, error["param"]) == (400, param) and error["message"].startswith(f"{param}: ")
-    body = {"input": [*USER, search, {"role": "user", "content": "More."}], "truncation": "auto"}
-    assert http.post("/v1/responses", json=body).headers["x-glm52-ignored"] == "truncation, input.1 (web_search_call)"
+    for searches, named in (([search], "web_search_call"), ([search] * 3, "web_search_call and 2 more")):
+        body = {"input": [*USER, *searches, {"role": "user", "content": "More."}], "truncation": "auto"}
+        assert http.post("/v1/responses", json=body).headers["x-glm52-ignored"] == f"truncation, input.1 ({named})"
     custom = [{"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "a\nb"},
               {"type": "custom_tool_call_output", "call_id": "c", "output": "done"}]  # fmt: skip
     assert http.post("/v1/responses", json={"input": [*USER, *custom]}).status_code == 200
@@ -383,6 +384,40 @@ def test_blocks_of_every_kind_are_seen(script: Script, http: httpx.Client) -> No
         body = {"max_tokens": 9, "messages": turns, "tools": [hidden, ANTHROPIC_TOOL]}
         assert http.post("/v1/messages", json=body).status_code == 200
         assert expected in script.prompts[-1] and script.prompts[-1].count('"hidden"') == ("hidden" in expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "Error"),
+        ("", "Error"),
+        ("No such file", "Error: No such file"),
+        ([{"type": "text", "text": "No such file"}], "Error: No such file"),
+        ("Exit code 1\nerror: it broke", "Error: Exit code 1\nerror: it broke"),
+        ("<tool_use_error>No such file</tool_use_error>", "<tool_use_error>No such file</tool_use_error>"),
+        ("ERROR 404", "ERROR 404"),
+    ],
+)
+def test_a_tool_that_failed_is_seen_to(script: Script, http: httpx.Client, content: Any, said: str) -> None:
+    """is_error was dropped: what failed without words was an empty success."""
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    for is_error in (True, False):
+        result = {"type": "tool_result", "tool_use_id": "t", "is_error": is_error, "content": content}
+        turns = [*USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        assert http.post("/v1/messages", json={"max_tokens": 9, "messages": turns}).status_code == 200
+        text = content[0]["text"] if isinstance(content, list) else content or ""
+        assert f"<tool_response>{said if is_error else text}</tool_response>" in script.prompts[-1]
+
+
+def test_blocks_of_the_assistant_are_not_left_out_in_silence(script: Script, http: httpx.Client) -> None:
+    search = [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+              {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}]  # fmt: skip
+    said = [{"type": "thinking", "thinking": "Hm.", "signature": ""}, {"type": "text", "text": "It is 5."}]
+    turns = [*USER, {"role": "assistant", "content": [*search, *search, *said]}, *USER]
+    reply = http.post("/v1/messages", json={"max_tokens": 9, "messages": turns})
+    assert reply.headers["x-glm52-ignored"] == (
+        "messages.1.content.0 (server_tool_use and 1 more), messages.1.content.1 (web_search_tool_result and 1 more)")  # fmt: skip
+    assert "It is 5." in script.prompts[-1]
 
 
 @pytest.mark.parametrize(

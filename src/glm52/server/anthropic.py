@@ -28,6 +28,7 @@ from glm52.server.request import (
     Sampling,
     Template,
     Usage,
+    left_out,
     sampling,
     validated,
 )
@@ -71,6 +72,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     tools, skipped = _tools(b.tools or [])
     choice = tool_choice(b.tool_choice, tools)
     system = [{"role": "system", "content": text}] if (text := _text(b.system, "\n\n")) else []
+    unsaid = [(f"messages.{i}.content.{j}", str(kind)) for i, m in enumerate(b.messages) for j, kind in _unsaid(m)]
     return ChatRequest(
         model=b.model or "",
         messages=[*system, *(m for i, given in enumerate(b.messages) for m in _messages(given, f"messages.{i}"))],
@@ -84,7 +86,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         structure=_structure(b),
         stream=bool(b.stream),
         ends_loops=b.repetition_detection is not False,
-        ignored=(*sorted(b.model_extra or ()), *skipped),
+        ignored=(*sorted(b.model_extra or ()), *skipped, *left_out(unsaid)),
     )  # fmt: skip
 
 
@@ -177,7 +179,8 @@ def _blocks(content: Any) -> list[Json]:
 
 
 def _result(block: Json, where: str) -> Json:
-    """References to tools become visible as those that were deferred, which the template does."""
+    """References to tools become visible as those that were deferred, which the template does. A failure is said in
+    words, unless the first line of its text has that word."""
     content = block.get("content")
     if not isinstance(content, str | list | None):
         raise RequestError(f"{where}.content: expected a string or a list of blocks", param=f"{where}.content")
@@ -185,7 +188,18 @@ def _result(block: Json, where: str) -> Json:
     parts: list[Json] = [{"type": "tool_reference", "name": b.get("tool_name")} for b in inner]
     if not inner or any(b.get("type") != "tool_reference" for b in inner):
         parts = [p for b in inner for p in _parts(b)]
+    text = _text(parts)
+    if block.get("is_error") and "error" not in text.lstrip().partition("\n")[0].lower():
+        parts.insert(0, {"type": "text", "text": "Error: " if text else "Error"})
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": parts}
+
+
+def _unsaid(message: _Message) -> list[tuple[int, Any]]:
+    """Blocks of the assistant that no template has words for: what Anthropic's own servers ran."""
+    if message.role != "assistant" or not isinstance(message.content, list):
+        return []
+    kinds = [b.get("type") for b in message.content]
+    return [(i, kind) for i, kind in enumerate(kinds) if kind not in ("text", "thinking", "tool_use")]
 
 
 def _assistant(content: list[Json], where: str) -> Json:

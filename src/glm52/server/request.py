@@ -86,6 +86,15 @@ def sampling(
         raise RequestError(str(error).replace(f"{error.param}: ", f"{name}: ", 1), param=name) from error
 
 
+def left_out(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Places and kinds of what a conversation loses, for ``ChatRequest.ignored``: a name for each kind, since a header
+    that grows with the conversation is one that clients refuse."""
+    places: dict[str, list[str]] = {}
+    for at, kind in found:
+        places.setdefault(kind, []).append(at)
+    return [f"{at[0]} ({kind}{f' and {len(at) - 1} more' if at[1:] else ''})" for kind, at in places.items()]
+
+
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 

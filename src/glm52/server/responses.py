@@ -38,6 +38,7 @@ from glm52.server.request import (
     Json,
     Sampling,
     Usage,
+    left_out,
     sampling,
     validated,
 )
@@ -156,7 +157,7 @@ def _messages(given: str | list[Json]) -> tuple[list[Json], list[str]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}], []
     out: list[Json] = []
-    unsaid: list[str] = []
+    unsaid: list[tuple[str, str]] = []
     for i, item in enumerate(given):
         at = f"input.{i}"
         kind = item.get("type") or "message"
@@ -184,14 +185,14 @@ def _messages(given: str | list[Json]) -> tuple[list[Json], list[str]]:
         elif kind == "item_reference":
             raise RequestError(f"{at}: items are not stored here; send them whole", param=at)
         elif kind == "web_search_call":  # what was found is said in the message after it
-            unsaid.append(f"{at} ({kind})")
+            unsaid.append((at, kind))
         else:
             raise RequestError(f"{at}: expected a message, reasoning, or a call of a function or its output, found "
                                f"{kind!r}; leave it out, or say in a message what it says", param=at)  # fmt: skip
     for message in out:
         if message.get("reasoning_content") == "":
             del message["reasoning_content"]
-    return out, unsaid
+    return out, left_out(unsaid)
 
 
 def _turn(out: list[Json], *, begins: bool = False) -> Json:
