@@ -325,6 +325,120 @@ def test_responses_that_are_cut(script: Script, gpt: openai.OpenAI) -> None:
         assert (cut.status, [i.status for i in cut.output], cut.output_text) == ("incomplete", ["incomplete"], "")
 
 
+NOTES: Any = {"type": "namespace", "name": "mcp__notes", "description": "Notes of a team.", "tools": [
+    {**RESPONSES_TOOL, "description": "Read it."}, {"type": "function", "name": "list", "parameters": None}]}  # fmt: skip
+NOTES_CALL = CALL.replace("get_weather", "mcp__notes__get_weather")
+
+
+def test_tools_of_a_namespace_keep_their_two_names(script: Script, gpt: openai.OpenAI, http: httpx.Client) -> None:
+    """Codex sends those of MCP servers and sub-agents so, and runs only what is called by name and namespace; they were
+    dropped."""
+    script.text = f"I look.</think>{NOTES_CALL}"
+    fields: Any = {"model": "nano", "input": USER, "tools": [RESPONSES_TOOL, NOTES]}
+    whole = gpt.responses.create(**fields).output[1]
+    assert (whole.name, whole.namespace, json.loads(whole.arguments)) == ("get_weather", "mcp__notes", ARGUMENTS)
+    assert '"name": "mcp__notes__get_weather", "description": "Notes of a team.\\n\\nRead it."' in script.prompts[-1]
+    assert '"name": "mcp__notes__list", "description": ""' in script.prompts[-1]
+    events = list(gpt.responses.create(**fields, stream=True))
+    items = [e.item for e in events if e.type.startswith("response.output_item") and e.item.type == "function_call"]
+    items.append(events[-1].response.output[1])
+    assert [(i.name, i.namespace) for i in items] == [("get_weather", "mcp__notes")] * 3
+    result = {"type": "function_call_output", "call_id": whole.call_id, "output": "21C"}
+    body = fields | {"input": [*USER, whole.model_dump(exclude_none=True), result]}
+    assert "x-glm52-ignored" not in http.post("/v1/responses", json=body).headers
+    assert f"{NOTES_CALL}<|observation|><tool_response>21C" in script.prompts[-1]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "called"),
+    [
+        ({"name": "get_weather"}, ["get_weather"]),
+        ({"name": "get_weather", "namespace": "mcp__notes"}, ["mcp__notes__get_weather"]),
+        ({"name": "mcp__notes__get_weather"}, ["mcp__notes__get_weather"]),
+        ({"name": "list"}, ["mcp__notes__list"]),
+        ({"type": "namespace", "name": "mcp__notes"}, ["mcp__notes__get_weather", "mcp__notes__list"]),
+        ({"name": "get_weather", "namespace": "gone"}, None),
+        ({"type": "namespace", "name": "gone"}, None),
+        ({"name": "gone"}, None),
+    ],
+)
+def test_tools_of_a_namespace_can_be_chosen(
+    script: Script, http: httpx.Client, chosen: Any, called: list[str] | None
+) -> None:
+    chosen = {"type": "function", **chosen}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [chosen]}
+    for choice in (allowed, *([chosen] if called is None or len(called) == 1 else [])):
+        script.text = f"</think>{NOTES_CALL}"
+        body = {"input": "Hi", "tools": [RESPONSES_TOOL, NOTES], "tool_choice": choice}
+        reply = http.post("/v1/responses", json=body)
+        assert reply.status_code == (200 if called else 400), reply.text
+        if called:
+            grammar = script.params[-1].grammar
+            assert grammar is not None
+            names = ["get_weather", "mcp__notes__get_weather", "mcp__notes__list"]
+            assert [n for n in names if f'"{n}"' in grammar.source] == called
+
+
+def test_two_tools_by_one_name_are_an_error(http: httpx.Client) -> None:
+    same = {"type": "function", "name": "mcp__notes__list"}
+    error = http.post("/v1/responses", json={"input": "Hi", "tools": [NOTES, same]}).json()["error"]
+    assert error["param"] == "tools.1.name" and "'mcp__notes__list'" in error["message"]
+    unnamed = {"type": "namespace", "tools": [same]}
+    error = http.post("/v1/responses", json={"input": "Hi", "tools": [unnamed]}).json()["error"]
+    assert error["param"] == "tools.0.name"
+    inner = {"type": "namespace", "name": "n", "tools": [{"type": "function"}]}
+    error = http.post("/v1/responses", json={"input": "Hi", "tools": [inner]}).json()["error"]
+    assert error["param"] == "tools.0.tools.0.name"
+
+
+PATCH_GRAMMAR = 'start: "+" LINE LF\nLINE: /.*/\n%import common.LF\n'
+PATCH: Any = {"type": "custom", "name": "patch", "description": "D", "format": {
+    "type": "grammar", "syntax": "lark", "definition": PATCH_GRAMMAR}}  # fmt: skip
+PATCH_CALL = '<tool_call>patch<arg_key>input</arg_key><arg_value>+say "é\\n"\n</arg_value></tool_call>'
+
+
+@pytest.mark.parametrize("stride", [1, 3, 99])
+def test_custom_tools_take_free_text(script: Script, gpt: openai.OpenAI, stride: int) -> None:
+    """Codex's apply_patch was dropped, though its calls were understood in a history."""
+    script.text, script.stride = f"I look.</think>{PATCH_CALL}", stride
+    fields: Any = {"model": "nano", "tools": [PATCH], "tool_choice": {"type": "custom", "name": "patch"}}
+    whole = gpt.responses.create(**fields, input=USER).output[1]
+    expected = ("custom_tool_call", "patch", '+say "é\\n"\n')
+    assert (whole.type, whole.name, whole.input) == expected and whole.namespace is None
+    grammar = script.params[-1].grammar
+    assert grammar is not None and PATCH_GRAMMAR in grammar.source and grammar.source.startswith("start: r")
+    events = list(gpt.responses.create(**fields, input=USER, stream=True))
+    deltas = [e.delta for e in events if e.type == "response.custom_tool_call_input.delta"]
+    done = [e.input for e in events if e.type == "response.custom_tool_call_input.done"]
+    assert done == ["".join(deltas)] == [whole.input] and (stride > 1 or len(deltas) > 5)
+    item = events[-1].response.output[1]
+    assert (item.type, item.name, item.input) == expected and item.status == "completed"
+    assert not any("function_call" in e.type for e in events)
+    result: Any = {"type": "custom_tool_call_output", "call_id": whole.call_id, "output": "done"}
+    gpt.responses.create(**fields, input=[*USER, whole.model_dump(exclude_none=True), result])
+    assert f"{PATCH_CALL}<|observation|><tool_response>done" in script.prompts[-1]
+
+
+def test_forms_of_free_text_are_held(script: Script, http: httpx.Client) -> None:
+    def post(form: Any) -> httpx.Response:
+        script.text = "</think>Hi"
+        return http.post("/v1/responses", json={"input": "Hi", "tools": [PATCH | {"format": form}]})
+
+    for form in (None, {"type": "text"}, {"type": "grammar", "syntax": "regex", "definition": "^[a-z]+$"}):
+        reply = post(form)
+        assert reply.status_code == 200 and not {"x-glm52-ignored", "x-glm52-unheld"} & set(reply.headers)
+    grammar = script.params[-1].grammar
+    assert grammar is not None and "[a-z]+" in grammar.source
+    unheld = post({"type": "grammar", "syntax": "lark", "definition": "start: <"}).headers["x-glm52-unheld"]
+    assert unheld == "patch.input: its grammar is not held"
+    for wrong in (
+        {"type": "grammar", "syntax": "lark"},
+        {"type": "grammar", "syntax": "abnf", "definition": ""},
+        {"type": 5},
+    ):
+        assert post(wrong).json()["error"]["param"] == "tools.0.format"
+
+
 # ── Anthropic messages ───────────────────────────────────────────────────────────────────────────────────────────
 
 

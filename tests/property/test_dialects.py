@@ -76,3 +76,24 @@ def test_streamed_equals_whole(text: str, cuts: list[int], reason: str, thinking
                 [n, json.dumps(from_json(a or "{}", allow_partial=True), ensure_ascii=False)] for n, a in said.calls
             ]
         assert said == whole(name, body), name
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=replies, cuts=st.lists(st.integers(0, 1 << 16), max_size=8))
+def test_streamed_equals_whole_for_tools_of_other_forms(text: str, cuts: list[int]) -> None:
+    """Custom tools and those of a namespace, in responses."""
+    tools = [{"type": "custom", "name": "f"}, {"type": "namespace", "name": "n", "tools": [
+        {"type": "function", **TOOLS[1]["function"]}]}]  # fmt: skip
+    text = text.replace("get_weather", "n__get_weather").replace("<arg_key>s<", "<arg_key>input<")
+    frames, said = replied(RESPONSES, {"input": "Hi", "tools": tools}, split(text, cuts), "length")
+    inputs: dict[int, str] = {}
+    for event in (json.loads(data) for _, data in frames):
+        if event["type"] == "response.custom_tool_call_input.delta":
+            inputs[event["output_index"]] = inputs.get(event["output_index"], "") + event["delta"]
+    items = json.loads(frames[-1][1])["response"]["output"]
+    without_ids = [
+        [{k: v for k, v in i.items() if k not in ("id", "call_id")} for i in o] for o in (items, said["output"])
+    ]
+    assert without_ids[0] == without_ids[1]
+    assert {i: item["input"] for i, item in enumerate(items) if item.get("input")} == inputs
+    assert all(item["namespace"] == "n" for item in items if item.get("name") == "get_weather")

@@ -1,7 +1,8 @@
 """The OpenAI responses dialect: a body to a ``ChatRequest``, answers to typed events, the last with the whole. Pure.
 
 Nothing is stored: a client sends its whole conversation. Reasoning goes out as text or, where the client asks for a
-summary, as that; where it asks for it encrypted, also as an opaque string that it can send back.
+summary, as that; where it asks for it encrypted, also as an opaque string that it can send back. The model knows a
+namespace's tools as ``namespace__name`` and custom tools as functions of one string; the client reads its own forms.
 """
 
 import base64
@@ -9,8 +10,11 @@ import binascii
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 from glm52.chat import (
     CALL,
@@ -25,7 +29,7 @@ from glm52.chat import (
 )
 from glm52.engine import TokenLogprob
 from glm52.errors import ContextOverflow, RequestError
-from glm52.grammar import Grammar
+from glm52.grammar import LARK, Grammar
 from glm52.ids import new_id
 from glm52.server import thinking
 from glm52.server.openai import logprobs_payload, tool_choice, usage_details
@@ -48,13 +52,30 @@ _OPAQUE = "glm52:"
 # Ends of a reply that is not whole, and what the dialect calls them.
 _CUT = {"length": "max_output_tokens", "context": "max_output_tokens", "repetition": "repetition",
         "grammar": "grammar"}  # fmt: skip
+# Items of calls: where each has its text, and the events that tell it.
+_CALLS = {"function_call": ("arguments", "response.function_call_arguments"),
+          "custom_tool_call": ("input", "response.custom_tool_call_input")}  # fmt: skip
 
 
 class _Tool(Body):
+    """tools: of a namespace. format: of the text that a custom tool takes."""
+
     type: str
     name: str | None = None
     description: str | None = None
     parameters: Json | None = None
+    tools: list["_Tool"] | None = None
+    format: Json | None = None
+
+
+@dataclass(frozen=True)
+class _Called:
+    """What a client calls a tool. The model knows it by one name, see ``_flat``, and calls every tool with arguments:
+    a custom one takes free text, which is its only argument, ``input``."""
+
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False
 
 
 class _Text(Body):
@@ -93,8 +114,8 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
             raise RequestError(f"{name}: nothing is stored here; send the whole conversation as input", param=name)
     if b.background:
         raise RequestError("background: responses are not stored here; use stream", param="background")
-    tools, skipped = _tools(b.tools or [])
-    choice = tool_choice(b.tool_choice, tools)
+    tools, called, skipped = _tools(b.tools or [])
+    choice = tool_choice(_choice(b.tool_choice, called), tools)
     first = [{"role": "system", "content": b.instructions}] if b.instructions else []
     said, unsaid = _messages(b.input)
     messages = [*first, *said]
@@ -117,24 +138,96 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         stream=bool(b.stream),
         ends_loops=b.repetition_detection is not False,
         ignored=(*sorted(b.model_extra or ()), *skipped, *unsaid),
-        raw=body | {"encrypted": "reasoning.encrypted_content" in include},
+        raw=body | {"encrypted": "reasoning.encrypted_content" in include, "called": called},
     )  # fmt: skip
 
 
-def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, list[str]]:
-    """Definitions in the form the template knows, and which tools only OpenAI's own servers could run."""
-    kept, skipped = [], []
-    for i, tool in enumerate(given):
-        if tool.type != "function":
-            skipped.append(f"tools.{i} ({tool.type})")
-        elif not tool.name:
+# ── Tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, dict[str, _Called], list[str]]:
+    """Definitions in the form the template knows, what the client calls those it names, and which tools only OpenAI's
+    own servers could run."""
+    kept: list[Json] = []
+    called: dict[str, _Called] = {}
+    skipped = []
+    for at, namespace, tool in _each(given):
+        if tool.type not in ("function", "custom"):
+            skipped.append(f"{at} ({tool.type})")
+            continue
+        if not tool.name:
+            raise RequestError(f"{at}.name: Field required", param=f"{at}.name")
+        flat, own = _flat(tool.name, namespace), _Called(tool.name, namespace, tool.type == "custom")
+        if called.setdefault(flat, own) != own:
+            raise RequestError(f"{at}.name: the model knows this tool as {flat!r}, and another by the same name; "
+                               "call one of them otherwise", param=f"{at}.name")  # fmt: skip
+        function: Json = {"name": flat, "description": tool.description or ""}
+        if tool.type == "custom":
+            properties = {"input": _free_text(tool.format or {}, f"{at}.format")}
+            function["parameters"] = {"type": "object", "properties": properties, "required": ["input"],
+                                      "additionalProperties": False}  # fmt: skip
+        elif tool.parameters is not None:
+            function["parameters"] = tool.parameters
+        kept.append({"type": "function", "function": function})
+    return kept or None, called, skipped
+
+
+def _each(given: Sequence[_Tool]) -> Iterator[tuple[str, str | None, _Tool]]:
+    """Where a tool stands, its namespace, and it. What a namespace says of itself is said by its first tool."""
+    for i, outer in enumerate(given):
+        if outer.type != "namespace":
+            yield f"tools.{i}", None, outer
+            continue
+        if not outer.name:
             raise RequestError(f"tools.{i}.name: Field required", param=f"tools.{i}.name")
-        else:
-            function: Json = {"name": tool.name, "description": tool.description or ""}
-            if tool.parameters is not None:
-                function["parameters"] = tool.parameters
-            kept.append({"type": "function", "function": function})
-    return kept or None, skipped
+        for j, tool in enumerate(outer.tools or []):
+            said = [t for t in (None if j else outer.description, tool.description) if t]
+            yield f"tools.{i}.tools.{j}", outer.name, tool.model_copy(update={"description": "\n\n".join(said)})
+
+
+def _flat(name: str, namespace: str | None) -> str:
+    """The one name by which the model knows a tool."""
+    return f"{namespace}__{name}" if namespace else name
+
+
+def _free_text(form: Json, at: str) -> Json:
+    """The schema of a custom tool's input."""
+    text: Json = {"type": "string", "description": "The whole input, as it stands"}
+    if form.get("type", "text") == "text":
+        return text
+    syntax, definition = form.get("syntax"), form.get("definition")
+    if form["type"] != "grammar" or syntax not in ("lark", "regex") or not isinstance(definition, str):
+        raise RequestError(
+            f"{at}: expected text, or a grammar with a syntax (lark or regex) and a definition", param=at
+        )
+    if syntax == "lark":
+        return text | {LARK: definition}
+    return text | {"pattern": f"^({definition.removeprefix('^').removesuffix('$')})$"}
+
+
+def _choice(given: str | Json | None, called: Mapping[str, _Called]) -> str | Json | None:
+    """tool_choice with the names that the model knows."""
+    if not isinstance(given, dict):
+        return given
+    if given.get("type") == "allowed_tools" and isinstance(given.get("tools"), list):
+        return given | {"tools": [chosen for tool in given["tools"] for chosen in _chosen(tool, called)]}
+    return given if given.get("type") == "namespace" else _chosen(given, called)[0]
+
+
+def _chosen(given: Any, called: Mapping[str, _Called]) -> list[Any]:
+    """The functions that a choice means: all of a namespace, or one, whose namespace may be missing where no other tool
+    has its name."""
+    name, kind = (given.get("name"), given.get("type")) if isinstance(given, dict) else (None, None)
+    if not isinstance(name, str) or kind not in ("function", "custom", "namespace"):
+        return [given]
+    if kind == "namespace":
+        flat = [f for f, tool in called.items() if tool.namespace == name]
+    else:
+        flat = [_flat(name, given.get("namespace"))]
+        alike = [f for f, tool in called.items() if tool.name == name]
+        if given.get("namespace") is None and name not in called and len(alike) == 1:
+            flat = alike
+    return [{"type": "function", "name": f} for f in flat]
 
 
 def _structure(body: ResponsesBody) -> Grammar | None:
@@ -206,7 +299,7 @@ def _turn(out: list[Json], *, begins: bool = False) -> Json:
 def _add_call(turn: Json, item: Json, at: str) -> None:
     if not isinstance(item.get("name"), str):
         raise RequestError(f"{at}.name: expected the name of a function", param=f"{at}.name")
-    function = {"name": item["name"], "arguments": item.get("arguments") or "{}"}
+    function = {"name": _flat(item["name"], item.get("namespace")), "arguments": item.get("arguments") or "{}"}
     turn.setdefault("tool_calls", []).append({"id": item.get("call_id"), "type": "function", "function": function})
 
 
@@ -264,6 +357,7 @@ class Writer:
         # Log probabilities by the number of calls before their tokens: between calls each text is an item of its own.
         self._untold: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
         self._calls_heard = self._calls_said = 0
+        self._arguments = ""  # of the open call of a custom tool, but for the text of its input
         self._closing = END_THINK if request.thinking.enabled else None
         self._marks = {tokenizer.id(mark): mark for mark in (END_THINK, CALL, END_CALL)}
         self.response: Json = {
@@ -343,13 +437,12 @@ class Writer:
             case ContentDelta(text):
                 return [*self._open_message(), self._text_delta(text)]
             case ToolCallStart(_, id, name):
-                item = {"type": "function_call", "call_id": id, "name": name, "arguments": ""}
-                frames = self._open_item(f"call {id}", "fc", item)
-                self._calls_said += 1
-                return frames
+                return self._open_call(id, self.request.raw["called"][name])
             case ToolCallArguments(_, text):
-                self._item["arguments"] += text
-                return [self._event("response.function_call_arguments.delta", delta=text)]
+                place, kind = _CALLS[self._item["type"]]
+                new = text if place == "arguments" else self._input_delta(text)
+                self._item[place] += new
+                return [self._event(f"{kind}.delta", delta=new)] if new else []
             case ToolCallEnd():
                 return self._close_item()
             case _:
@@ -388,6 +481,23 @@ class Writer:
         self.response["output"].append({"id": new_id(f"{prefix}_"), "status": "in_progress", **item})
         return [*frames, self._event("response.output_item.added", item=_copy(self._item))]
 
+    def _open_call(self, id: str, tool: _Called) -> list[Frame]:
+        kind, prefix = ("custom_tool_call", "ctc") if tool.is_custom else ("function_call", "fc")
+        item = {"type": kind, "call_id": id, "name": tool.name, _CALLS[kind][0]: ""}
+        frames = self._open_item(f"call {id}", prefix, item | ({"namespace": tool.namespace} if tool.namespace else {}))
+        self._calls_said += 1
+        self._arguments = ""
+        return frames
+
+    def _input_delta(self, text: str) -> str:
+        """More of a custom tool's input. Inside the string a piece has whole escapes and is read by itself: to read all
+        anew with each took 18 s for an input of 30,000 pieces."""
+        if self._arguments == '{"input": "' and text != '"':
+            return str(json.loads(f'"{text}"'))
+        self._arguments += text
+        given = from_json(self._arguments.encode("utf-8", "replace"), allow_partial="trailing-strings")
+        return str(given.get("input", ""))[len(self._item["input"]) :]
+
     def _open_reasoning(self) -> list[Frame]:
         if self._open == "reasoning":
             return []
@@ -424,9 +534,8 @@ class Writer:
                                       logprobs=part["logprobs"]))  # fmt: skip
             frames.append(self._event("response.content_part.done", content_index=0, part=_copy(part)))
         elif not is_cut:
-            arguments = self._item["arguments"]
-            frames.append(self._event("response.function_call_arguments.done", arguments=arguments,
-                                      name=self._item["name"]))  # fmt: skip
+            place, kind = _CALLS[self._item["type"]]
+            frames.append(self._event(f"{kind}.done", **{place: self._item[place]}, name=self._item["name"]))
         self._item["status"] = "incomplete" if is_cut else "completed"
         self._open = None
         return [*frames, self._event("response.output_item.done", item=_copy(self._item))]
