@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from glm52 import cli
 from glm52.cache import Spans
-from glm52.clients.agents import AGENTS
+from glm52.clients.agents import AGENTS, play
 from glm52.clients.check import SCENES, Row, check_npm, check_sdk, matrix
 from glm52.clients.probes import CLIENTS
 from glm52.clients.script import ANSWER, Stage, reply_to, shell_call, stage
@@ -62,6 +63,42 @@ def test_sdk(on: Stage, name: str) -> None:
 @pytest.mark.parametrize("name", AGENTS)
 def test_npm_agent(on: Stage, name: str) -> None:
     assert not failures(check_npm(name, Path(os.environ.get("CLIENTS_NPM", ".")), on))
+
+
+MCP_SERVER = """
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if "id" not in message:
+        continue
+    schema = {"type": "object", "properties": {"file": {"type": "string"}}, "required": ["file"]}
+    result = {}
+    if message["method"] == "initialize":
+        result = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "notes", "version": "1"}}
+    elif message["method"] == "tools/list":
+        result = {"tools": [{"name": "read_note", "description": "Read a note.", "inputSchema": schema}]}
+    elif message["method"] == "tools/call":
+        result = {"content": [{"type": "text", "text": open(message["params"]["arguments"]["file"]).read()}]}
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+"""
+
+
+@pytest.mark.clients
+@pytest.mark.timeout(300)
+def test_codex_calls_a_tool_of_an_mcp_server(on: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sends such tools in namespaces, and calls without theirs are unsupported ones to it."""
+    server = tmp_path / "notes.py"
+    server.write_text(MCP_SERVER)
+    config = f"{AGENTS['codex'].files['.codex/config.toml']}[mcp_servers.notes]\n"
+    config += f"command = {json.dumps(sys.executable)}\nargs = {json.dumps([str(server)])}\n"
+    call = "<tool_call>mcp__notes__read_note<arg_key>file</arg_key><arg_value>note-1.txt</arg_value></tool_call>"
+    monkeypatch.setattr("glm52.clients.script.shell_call", lambda tools, command: call)
+    agent = replace(AGENTS["codex"], files={".codex/config.toml": config})
+    program = Path(os.environ.get("CLIENTS_NPM", ".")) / "node_modules" / ".bin" / agent.binary
+    run = play(agent, program, on, on.url, "tools")
+    assert run.exit_code == 0 and "word-alpha" in run.output, run.output
+    assert f"{call}<|observation|><tool_response>" in run.turns[-1].prompt
 
 
 def test_what_cannot_run_is_a_row_with_its_reason(
