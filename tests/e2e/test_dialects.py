@@ -78,10 +78,31 @@ def test_chat_logprobs_and_several_answers(script: Script, gpt: openai.OpenAI) -
     chunks = [c.choices[0] for c in gpt.chat.completions.create(**fields, stream=True)]
     for choice in whole.choices:
         tokens = choice.logprobs.content
-        assert "".join(t.token for t in tokens) == script.text and len(tokens[0].top_logprobs) == 2
+        assert "".join(t.token for t in tokens) == "Hello!" and len(tokens[0].top_logprobs) == 2
         mine = [c for c in chunks if c.index == choice.index]
         assert [t.token for c in mine if c.logprobs for t in c.logprobs.content] == [t.token for t in tokens]
         assert [c.finish_reason for c in mine if c.finish_reason] == ["stop"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/paas/v4/chat/completions"])
+@pytest.mark.parametrize("fields", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}, {}])
+@pytest.mark.parametrize("stride", [1, 3, 99])
+def test_chat_tells_log_probabilities_of_the_content_only(
+    script: Script, http: httpx.Client, path: str, fields: Any, stride: int
+) -> None:
+    """They spelled the thought that was left out, in a stream as chunks of nothing else."""
+    script.text, script.stride = f"I look.</think>It is</think> 雨.{CALL}", stride
+    body = {"messages": USER, "tools": [WEATHER], "logprobs": True, **fields}
+    whole = http.post(path, json=body).json()["choices"][0]
+    assert whole["message"]["content"] == "It is 雨."
+    told = b"".join(bytes(t["bytes"]) for t in whole["logprobs"]["content"]).decode()
+    assert told == "It is 雨."
+    frames = [json.loads(d) for _, d in sse(http.post(path, json=body | {"stream": True}).text)[:-1]]
+    choices = [c for f in frames for c in f["choices"]]
+    entries = [t for c in choices if c.get("logprobs") for t in c["logprobs"]["content"]]
+    assert entries == whole["logprobs"]["content"]
+    assert all(c["delta"] or c["finish_reason"] for c in choices), "no chunk is empty"
+    assert all("content" in c["delta"] for c in choices if c.get("logprobs"))
 
 
 def test_chat_parses_into_a_schema(script: Script, gpt: openai.OpenAI) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glm52.engine import AsyncEngine, Event
-from tests.scripted import THINK, TOKENIZER, ScriptedModel
+from tests.scripted import END_THINK, THINK, TOKENIZER, ScriptedModel
 from tests.serving import PATHS, WEATHER, running, scripted_service, sse, streamed
 
 CALL = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value></tool_call>"
@@ -93,4 +93,4 @@ def test_log_probabilities_of_joined_events_are_all_told(clients: list[httpx.Cli
         assert [len(x) for x in four.values()] == [40] * 4
         assert "".join(c["text"] for c in choices) == TOKENIZER.decode(IDS[:40])
         told.append(([e for one in entries for e in one], four))
-    assert told[0] == told[1] and len(told[0][0]) >= len(IDS) - 1
+    assert told[0] == told[1] and len(told[0][0]) == len(IDS) - IDS.index(END_THINK) - 2, "all of the text"

@@ -5,11 +5,23 @@ Reasoning goes out as ``reasoning_content`` and as ``reasoning``, since clients 
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
-from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
+from glm52.chat import (
+    CALL,
+    END_CALL,
+    END_THINK,
+    THINK,
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from glm52.engine import TokenLogprob
 from glm52.errors import RequestError
 from glm52.grammar import Grammar
@@ -275,6 +287,30 @@ def token_bias(body: SharedBody) -> dict[int, float]:
 # ── Responses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class TextTokens:
+    """Tells tokens of a reply's text from those of reasoning, calls and the marks around them, which have no log
+    probabilities in OpenAI's dialects. num_calls: how many calls began so far."""
+
+    def __init__(self, request: ChatRequest, tokenizer: Tokenizer) -> None:
+        self._closing = END_THINK if request.thinking.enabled else None
+        self._marks = {tokenizer.id(mark): mark for mark in (THINK, END_THINK, CALL, END_CALL)}
+        self._left_out = () if request.structure else (THINK, END_THINK)  # by the parser, outside the reasoning
+        self._may_call = bool(request.callable_tools)
+        self.num_calls = 0
+
+    def has(self, token: TokenLogprob) -> bool:
+        """Whether the next token is one of the text."""
+        mark = self._marks.get(token.token_id)
+        if self._closing:
+            self._closing = None if mark == self._closing else self._closing
+            return False
+        if mark == CALL and self._may_call:
+            self._closing = END_CALL
+            self.num_calls += 1
+            return False
+        return mark not in self._left_out
+
+
 class Writer:
     """Writes one response: its id and time are drawn once."""
 
@@ -286,33 +322,36 @@ class Writer:
         self.id, self.created = new_id("chatcmpl-"), int(time.time())
         self._held: dict[tuple[int, int], Json] = {}
         self._template = cache(self._make_template)
+        self._texts = defaultdict[int, TextTokens](lambda: TextTokens(request, tokenizer))
+        self._untold: defaultdict[int, list[TokenLogprob]] = defaultdict(list)  # until their text is said
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> list[Frame]:
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.request.n)]
 
     def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
+        index = answer.index
         match deltas:
             case [ReasoningDelta(text) | ContentDelta(text)] if self.request.params.logprobs is None:
-                return [(None, self._template(answer.index, isinstance(deltas[0], ReasoningDelta)).filled(text))]
-        payloads = [p for d in deltas for p in self._payloads(answer.index, d)]
-        if logprobs and self.request.params.logprobs is not None:
-            said = logprobs_payload(self._tokenizer, logprobs)
-            first, *rest = payloads or [{}]
-            return [self._chunk(answer.index, first, logprobs=said), *(self._chunk(answer.index, p) for p in rest)]
-        return [self._chunk(answer.index, p) for p in payloads]
+                return [(None, self._template(index, isinstance(deltas[0], ReasoningDelta)).filled(text))]
+        if self.request.params.logprobs is not None:
+            self._untold[index] += filter(self._texts[index].has, logprobs)
+        payloads = [p for d in deltas for p in self._payloads(index, d)]
+        return [self._chunk(index, p, logprobs=self._told(index) if "content" in p else None) for p in payloads]
 
     def end(self, answer: Answer) -> list[Frame]:
         """A call that was cut off goes out as it stands, if the reason says that it was; then the reason."""
         cut = [self._held.pop(key) for key in list(self._held) if key[0] == answer.index]
         frames = [self._chunk(answer.index, call) for call in cut if answer.reason != "stop"]
         if not self.usage_in_last_chunk:
-            frames.append(self._chunk(answer.index, {}, self._ending(answer)))
+            frames.append(self._chunk(answer.index, {}, self._ending(answer), logprobs=self._told(answer.index)))
         return frames
 
     def close(self, answers: Sequence[Answer], usage: Usage) -> list[Frame]:
         frames: list[Frame] = []
         if self.usage_in_last_chunk:
-            frames += [self._chunk(a.index, {}, self._ending(a), usage=usage) for a in answers]
+            frames += [
+                self._chunk(a.index, {}, self._ending(a), usage=usage, logprobs=self._told(a.index)) for a in answers
+            ]
         elif self.request.include_usage:
             frames.append((None, self._envelope("chat.completion.chunk") | {"choices": [], **_usage(usage)}))
         return [*frames, (None, "[DONE]")]
@@ -323,6 +362,11 @@ class Writer:
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
         choices = [self._choice(a) for a in answers]
         return self._envelope("chat.completion") | {"choices": choices, **_usage(usage)}
+
+    def _told(self, index: int) -> Json | None:
+        """The log probabilities that were not told yet."""
+        untold = self._untold.pop(index, None)
+        return logprobs_payload(self._tokenizer, untold) if untold else None
 
     def finish_reason(self, answer: Answer) -> str:
         if answer.reason == "context":
@@ -344,8 +388,10 @@ class Writer:
                 {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
                 for c in reply.tool_calls
             ]
-        wanted = self.request.params.logprobs is not None
-        said = logprobs_payload(self._tokenizer, answer.logprobs) if wanted else None
+        said = None
+        if self.request.params.logprobs is not None:
+            text = TextTokens(self.request, self._tokenizer)
+            said = logprobs_payload(self._tokenizer, list(filter(text.has, answer.logprobs)))
         return {"index": answer.index, "message": message, **self._ending(answer), "logprobs": said}
 
     def _payloads(self, choice: int, delta: Delta) -> list[Json]:

@@ -17,9 +17,6 @@ from typing import Any
 from pydantic_core import from_json
 
 from glm52.chat import (
-    CALL,
-    END_CALL,
-    END_THINK,
     ContentDelta,
     Delta,
     ReasoningDelta,
@@ -32,7 +29,7 @@ from glm52.errors import ContextOverflow, RequestError
 from glm52.grammar import LARK, Grammar
 from glm52.ids import new_id
 from glm52.server import thinking
-from glm52.server.openai import logprobs_payload, tool_choice, usage_details
+from glm52.server.openai import TextTokens, logprobs_payload, tool_choice, usage_details
 from glm52.server.request import (
     Answer,
     Body,
@@ -356,10 +353,9 @@ class Writer:
         self._reason = ""
         # Log probabilities by the number of calls before their tokens: between calls each text is an item of its own.
         self._untold: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
-        self._calls_heard = self._calls_said = 0
+        self._calls_said = 0
+        self._texts = TextTokens(request, tokenizer)
         self._arguments = ""  # of the open call of a custom tool, but for the text of its input
-        self._closing = END_THINK if request.thinking.enabled else None
-        self._marks = {tokenizer.id(mark): mark for mark in (END_THINK, CALL, END_CALL)}
         self.response: Json = {
             "id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model,
             "status": "in_progress", "output": [], "error": None, "incomplete_details": None, "usage": None,
@@ -376,20 +372,9 @@ class Writer:
         return [self._response("response.created"), self._response("response.in_progress")]
 
     def more(self, answer: Answer, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> list[Frame]:
-        self._sort(logprobs)
+        for token in filter(self._texts.has, logprobs):
+            self._untold[self._texts.num_calls].append(token)
         return [f for d in deltas for f in self._delta(d)]
-
-    def _sort(self, logprobs: Sequence[TokenLogprob]) -> None:
-        """Keep those of the texts; reasoning, calls and the marks around them have none in this dialect."""
-        for token in logprobs:
-            mark = self._marks.get(token.token_id)
-            if self._closing:
-                self._closing = None if mark == self._closing else self._closing
-            elif mark == CALL and self.request.callable_tools:
-                self._closing = END_CALL
-                self._calls_heard += 1
-            else:
-                self._untold[self._calls_heard].append(token)
 
     def _text_delta(self, text: str) -> Frame:
         """More of the open message, with the log probabilities of its tokens that were not told yet."""
