@@ -105,6 +105,48 @@ def test_chat_tells_log_probabilities_of_the_content_only(
     assert all("content" in c["delta"] for c in choices if c.get("logprobs"))
 
 
+def test_chat_takes_reasoning_by_either_name(script: Script, http: httpx.Client) -> None:
+    """An empty one hid the other."""
+    for said in ({"reasoning": "Aha."}, {"reasoning": "Aha.", "reasoning_content": ""}, {"reasoning_content": "Aha."}):
+        turns = [*USER, {"role": "assistant", "content": "Yes.", **said}, *USER]
+        http.post("/v1/chat/completions", json={"messages": turns, "clear_thinking": False})
+        assert "<think>Aha.</think>Yes." in script.prompts[-1]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("at", ["guided_json", "structured_outputs"])
+def test_a_schema_may_come_as_text(script: Script, http: httpx.Client, path: str, at: str) -> None:
+    """As vLLM takes it."""
+    sources = []
+    for schema in (SCHEMA, json.dumps(SCHEMA), "{oops", "[]"):
+        given = {at: schema if at == "guided_json" else {"json": schema}}
+        reply = http.post(path, json={"messages": USER, "prompt": "Hi", **given})
+        if schema in ("{oops", "[]"):
+            param = at if at == "guided_json" else f"{at}.json"
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        else:
+            assert reply.status_code == 200, reply.text
+            sources.append(script.params[-1].grammar)
+    assert sources[0] == sources[1] is not None
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_structured_outputs_are_held_or_refused(script: Script, http: httpx.Client, path: str) -> None:
+    """A form with a name that is not known was no form, in silence."""
+    body = {"messages": USER, "prompt": "Hi"}
+    assert http.post(path, json=body | {"structured_outputs": {"json_object": True}}).status_code == 200
+    assert script.params[-1].grammar is not None and '"object"' in script.params[-1].grammar.source
+    refused = http.post(path, json=body | {"structured_outputs": {"structural_tag": "x"}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs")
+    assert "structural_tag" in refused.json()["error"]["message"]
+    for nothing in ({}, {"json_object": False}, {"json": None}):
+        assert http.post(path, json=body | {"structured_outputs": nothing}).status_code == 200
+        assert script.params[-1].grammar is None
+
+
 def test_chat_parses_into_a_schema(script: Script, gpt: openai.OpenAI) -> None:
     from pydantic import BaseModel
 

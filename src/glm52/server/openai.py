@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
+from pydantic import Field
+
 from glm52.chat import (
     CALL,
     END_CALL,
@@ -49,11 +51,22 @@ MAX_ANSWERS = 8
 _WORDLESS_PARTS = ("text", "thinking", "redacted_thinking", "reasoning")
 # Parts without text that the template has words for.
 _TEMPLATE_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "tool_reference")
-_Kind = Literal["json_schema", "regex", "grammar", "choice"]
+# Names of vLLM's for forms, and ours.
+_FORMS: dict[str, Literal["json_schema", "regex", "grammar", "choice"]] = {
+    "json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"
+}  # fmt: skip
 
 
 class _StreamOptions(Body):
     include_usage: bool | None = None
+
+
+class _Structured(Body):
+    json_schema: Json | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    grammar: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
 
 
 class SharedBody(Sampling):
@@ -66,11 +79,11 @@ class SharedBody(Sampling):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     logit_bias: dict[str, float] | None = None
-    guided_json: Json | None = None
+    guided_json: Json | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: list[str] | None = None
-    structured_outputs: Json | None = None
+    structured_outputs: _Structured | None = None
 
 
 class _Part(Body):
@@ -160,7 +173,7 @@ def _message(message: _Message, where: str) -> Json:
     out = message.model_dump(exclude_none=True)
     reasoning = out.pop("reasoning", None)
     if isinstance(reasoning, str):
-        out.setdefault("reasoning_content", reasoning)
+        out["reasoning_content"] = out.get("reasoning_content") or reasoning
     refusal = out.pop("refusal", None)
     if isinstance(out.get("content"), list):
         out["content"] = [_part(p, f"{where}.content.{i}") for i, p in enumerate(out["content"])]
@@ -255,15 +268,29 @@ def _structure(chat: ChatBody) -> Grammar | None:
 
 
 def guided_structure(body: SharedBody) -> Grammar | None:
-    kinds: dict[str, _Kind] = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
-    for name, kind in kinds.items():
+    given = body.structured_outputs or _Structured()
+    for name, kind in _FORMS.items():
         for param, value in (
-            (f"guided_{name}", getattr(body, f"guided_{name}")),
-            (f"structured_outputs.{name}", (body.structured_outputs or {}).get(name)),
-        ):
+            (f"guided_{name}", getattr(body, f"guided_{name}")), (f"structured_outputs.{name}", getattr(given, kind))
+        ):  # fmt: skip
             if value is not None:
+                value = _parsed(value, param) if kind == "json_schema" else value
                 return Grammar.structured(kind, value, strict=False, param=param)
+    if given.json_object:
+        return Grammar.structured("json_object", param="structured_outputs.json_object")
+    if given.model_extra:  # no form at all would be a surprise
+        raise RequestError(f"structured_outputs: expected {', '.join(_FORMS)} or json_object, found "
+                           f"{', '.join(sorted(given.model_extra))}", param="structured_outputs")  # fmt: skip
     return None
+
+
+def _parsed(schema: Json | str, param: str) -> Any:
+    """A schema may come as its text."""
+    try:
+        return json.loads(schema) if isinstance(schema, str) else schema
+    except ValueError as error:
+        raise RequestError(f"{param}: expected a JSON schema, found text that is no JSON ({error})",
+                           param=param) from error  # fmt: skip
 
 
 def num_answers(body: SharedBody) -> int:
