@@ -702,6 +702,37 @@ def test_what_claude_code_sends(script: Script, http: httpx.Client) -> None:
     assert [n for n, _ in events][-2:] == ["message_delta", "message_stop"]
 
 
+# ── Results of parallel calls ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ids", [["a", "b"], ["b", "a"], ["b", "x"], ["b"]])
+def test_results_stand_in_the_order_of_their_calls(script: Script, http: httpx.Client, ids: list[str]) -> None:
+    """The template shows no ids: the model read each result under another call. Unknown ids leave all as it came."""
+    calls = {"a": {"city": "Rome"}, "b": {"city": "Oslo"}}
+    chat = [{"role": "assistant", "tool_calls": [
+        {"id": i, "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(c)}} for i, c in calls.items()
+    ]}, *({"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in ids)]  # fmt: skip
+    items = [
+        *({"type": "function_call", "call_id": i, "name": "get_weather", "arguments": json.dumps(c)} for i, c in calls.items()),
+        *({"type": "function_call_output", "call_id": i, "output": f"of {i}"} for i in ids),
+    ]  # fmt: skip
+    blocks = [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": i, "name": "get_weather", "input": c} for i, c in calls.items()]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": i, "content": f"of {i}"} for i in ids]},
+    ]  # fmt: skip
+    shown = ids if "x" in ids else sorted(ids)
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [*USER, *chat], "tools": [WEATHER]}),
+        ("/v1/responses", {"input": [*USER, *items], "tools": [RESPONSES_TOOL]}),
+        ("/v1/messages", {"messages": [*USER, *blocks], "tools": [ANTHROPIC_TOOL], "max_tokens": 99}),
+    ):
+        reply = http.post(path, json=body)
+        assert reply.status_code == 200, reply.text
+        results = "".join(f"<tool_response>of {i}</tool_response>" for i in shown)
+        assert f"<|observation|>{results}<|assistant|>" in script.prompts[-1]
+        assert ("results sorted" in reply.headers.get("x-glm52-prompt", "")) is (shown != ids)
+
+
 # ── Z.ai ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

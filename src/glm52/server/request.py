@@ -6,6 +6,7 @@ Null is absent. Fields nobody knows are accepted and listed, so that a response 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -257,6 +258,20 @@ def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage
         thinking_closed="hard" if "hard" in closed else "soft" if "soft" in closed else None,
         divergence=divergence,
     )
+
+
+def in_order_of_calls(messages: list[Json]) -> list[Json]:
+    """The messages, with each run of tools' results in the order of the calls before it, which is all that the template
+    tells them apart by. A run with an id that no call has, or two have, is left as it is."""
+    out = list(messages)
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls") or ()
+        run = list(takewhile(lambda m: m.get("role") == "tool", messages[at + 1 :])) if len(calls) > 1 else []
+        places = {c["id"]: place for place, c in enumerate(calls) if isinstance(c.get("id"), str)}
+        ids = [m.get("tool_call_id") for m in run]
+        if len(places) == len(calls) and all(isinstance(i, str) and i in places for i in ids):
+            out[at + 1 : at + 1 + len(run)] = sorted(run, key=lambda m: places[m["tool_call_id"]])
+    return out
 
 
 # ── What a dialect is ────────────────────────────────────────────────────────────────────────────────────────────

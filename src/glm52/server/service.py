@@ -21,7 +21,7 @@ from glm52.server.limits import Gate, Keys, Limits
 from glm52.server.metrics import Metrics
 from glm52.server.prefixes import PromptLog
 from glm52.server.recall import Recall
-from glm52.server.request import Answer, ChatRequest, Json, Usage, guided, usage_of
+from glm52.server.request import Answer, ChatRequest, Json, Usage, guided, in_order_of_calls, usage_of
 from glm52.server.stable import neutralised
 from glm52.tokenizer import Tokenizer
 
@@ -101,7 +101,10 @@ class Service:
         """The request as the model will see it, its prompts, and what was done to it."""
         if request.prompts is not None:
             return request, [self.tokenizer.encode(p) if isinstance(p, str) else p for p in request.prompts], []
-        messages, notes = neutralised(request.messages) if self.options.neutralise else (request.messages, [])
+        ordered = in_order_of_calls(request.messages)
+        messages, notes = neutralised(ordered) if self.options.neutralise else (ordered, [])
+        if ordered != request.messages:
+            notes.append("results sorted")
         messages, restored = self.recall.restored(client, messages)
         if restored:
             notes.append(f"reasoning restored in {restored} turns")
