@@ -879,6 +879,52 @@ def test_overflow_says_the_numbers(script: Script, http: httpx.Client, path: str
     assert len(script.prompts) == prompts
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        (
+            "/v1/chat/completions",
+            {"chat_template_kwargs": {"enable_thinkin": False}},
+            "chat_template_kwargs.enable_thinkin",
+        ),
+        ("/v1/chat/completions", {"structured_outputs": {"regex": "a", "x": 1}, "b": 1}, "b, structured_outputs.x"),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False, "x": None}}, None),
+        ("/api/paas/v4/chat/completions", {"thinking": {"type": "enabled", "budget": 9}}, "thinking.budget"),
+        ("/v1/completions", {"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        (
+            "/v1/responses",
+            {"text": {"verbosity": "low", "x": 1}, "reasoning": {"efort": "low"}},
+            "reasoning.efort, text.x",
+        ),
+        ("/v1/messages", {"output_config": {"efort": "low"}}, "output_config.efort"),
+        ("/v1/messages/count_tokens", {"foo": 1, "thinking": {"type": "adaptive", "x": 1}}, "foo, thinking.x"),
+        ("/tokenize", {"bogus": 1, "chat_template_kwargs": {"x": 1}}, "bogus, chat_template_kwargs.x"),
+        ("/tokenize", {"prompt": "Hi", "messages": None, "foo": 1}, "foo"),
+        ("/tokenize", {"prompt": "Hi", "tools": []}, "messages, tools"),
+        ("/tokenize", {"add_generation_prompt": False, "return_token_strs": True, "add_special_tokens": False}, None),
+        ("/detokenize", {"tokens": [5], "foo": 1}, "foo, messages"),
+    ],
+)
+def test_unknown_fields_are_named_wherever_they_are(
+    http: httpx.Client, path: str, fields: Any, named: str | None
+) -> None:
+    """Those inside of others were ignored in silence, and everything on the small routes, strict=1 or not."""
+    body = PATHS.get(path, {"messages": USER}) | fields
+    reply = http.post(path, json=body)
+    assert (reply.status_code, reply.headers.get("x-glm52-ignored")) == (200, named), reply.text
+    strict = http.post(f"{path}?strict=1", json=body)
+    assert strict.status_code == (400 if named else 200)
+    assert not named or named.split(", ")[0] in strict.text
+
+
+def test_tokenize_leaves_out_the_generation_prompt(http: httpx.Client) -> None:
+    ids = [
+        http.post("/tokenize", json={"messages": USER, "add_generation_prompt": a}).json()["tokens"]
+        for a in (None, True, False)
+    ]
+    assert ids[0] == ids[1] and TOKENIZER.decode(ids[0]) == TOKENIZER.decode(ids[2]) + "<|assistant|><think>"
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_unknown_fields_are_named_and_nulls_are_absent(script: Script, http: httpx.Client, path: str) -> None:
     nulls = dict.fromkeys(("temperature", "top_p", "stream", "seed", "model", "stop", "reasoning_effort", "tools"))

@@ -30,6 +30,7 @@ from glm52.server.request import (
     Usage,
     left_out,
     sampling,
+    unknown_fields,
     validated,
 )
 from glm52.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         structure=_structure(b),
         stream=bool(b.stream),
         ends_loops=b.repetition_detection is not False,
-        ignored=(*sorted(b.model_extra or ()), *skipped, *left_out(unsaid)),
+        ignored=(*unknown_fields(b), *skipped, *left_out(unsaid)),
     )  # fmt: skip
 
 

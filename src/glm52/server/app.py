@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,10 +67,14 @@ async def _read(request: Request, dialect: Dialect) -> ChatRequest:
     if mode and isinstance(body, dict) and dialect is not TEXT:
         body["mode"] = body.get("mode") or mode
     chat = dialect.read(body, service.defaults)
-    if chat.ignored and request.query_params.get("strict") == "1":
-        raise RequestError(f"{chat.ignored[0]}: not known here, and strict=1", param=chat.ignored[0])
+    _check_strict(request, chat.ignored)
     service.check_model(chat.model, any_of=dialect.foreign)
     return chat
+
+
+def _check_strict(request: Request, ignored: Sequence[str]) -> None:
+    if ignored and request.query_params.get("strict") == "1":
+        raise RequestError(f"{ignored[0]}: not known here, and strict=1", param=ignored[0])
 
 
 async def _converse(request: Request, dialect: Dialect) -> ASGIApp:
@@ -85,7 +89,7 @@ async def _converse(request: Request, dialect: Dialect) -> ASGIApp:
             raise
         service.metrics.count(dialect.name, 200)
         return Response(sse([*writer.begin(0, 0), *writer.fail(error)]), media_type="text/event-stream")
-    headers = _headers(chat, call)
+    headers = _headers(chat.ignored, call.notes, call.unheld)
     service.gate.admit(len(call.answers))  # until call.finish
     if chat.stream:
         return EventStream(call, writer, headers)
@@ -124,13 +128,10 @@ def _deadline(request: Request) -> float | None:
     return seconds
 
 
-def _headers(chat: ChatRequest, call: Call) -> dict[str, str]:
+def _headers(ignored: Sequence[str], notes: Sequence[str] = (), unheld: Sequence[str] = ()) -> dict[str, str]:
     """What was accepted without effect, what was done to the prompt, and what of the schemas is not held."""
-    said = {
-        "x-glm52-ignored": ", ".join(chat.ignored), "x-glm52-prompt": ", ".join(call.notes),
-        "x-glm52-unheld": ", ".join(call.unheld), "cache-control": "no-cache" if chat.stream else "",
-    }  # fmt: skip
-    return {k: re.sub("[^ -~]", "?", v)[:1024] for k, v in said.items() if v}
+    said = {"x-glm52-ignored": ignored, "x-glm52-prompt": notes, "x-glm52-unheld": unheld}
+    return {k: re.sub("[^ -~]", "?", ", ".join(v))[:1024] for k, v in said.items() if v}
 
 
 # ── Other routes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,21 +141,25 @@ async def count_tokens(request: Request) -> Response:
     service: Service = request.app.state.service
     client = _client(request)
     chat = await _read(request, MESSAGES)
-    _, prompts, _ = await asyncio.to_thread(service.render, chat, client)
-    return JSONResponse({"input_tokens": len(prompts[0])})
+    _, prompts, notes = await asyncio.to_thread(service.render, chat, client)
+    return JSONResponse({"input_tokens": len(prompts[0])}, headers=_headers(chat.ignored, notes))
 
 
 async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     client = _client(request)
     body = await json_body(request, service.options.limits)
-    return JSONResponse(await asyncio.to_thread(tokens.tokenize, service, client, body))
+    out, ignored = await asyncio.to_thread(tokens.tokenize, service, client, body)
+    _check_strict(request, ignored)
+    return JSONResponse(out, headers=_headers(ignored))
 
 
 async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     _client(request)
-    return JSONResponse(tokens.detokenize(service, await json_body(request, service.options.limits)))
+    out, ignored = tokens.detokenize(service, await json_body(request, service.options.limits))
+    _check_strict(request, ignored)
+    return JSONResponse(out, headers=_headers(ignored))
 
 
 async def models(request: Request) -> Response:

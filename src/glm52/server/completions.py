@@ -37,6 +37,7 @@ from glm52.server.request import (
     Usage,
     sampling,
     stop_strings,
+    unknown_fields,
     validated,
 )
 from glm52.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     return ChatRequest(
         model=text.model or "", params=params, prompts=_prompts(text.prompt), structure=guided_structure(text),
         thinking=Thinking(enabled=False), n=num_answers(text), echo=bool(text.echo), stream=bool(text.stream),
-        include_usage=wants_usage(text), ignored=tuple(sorted(text.model_extra or ())),
+        include_usage=wants_usage(text), ignored=tuple(unknown_fields(text)),
         raw={
             "only_echo": limit == 0, "wants_ids": bool(text.return_token_ids),
             "names_ids": bool(text.return_tokens_as_token_ids),

@@ -104,7 +104,7 @@ class EventStream:
 
     def __init__(self, call: Call, writer: Any, headers: Mapping[str, str]) -> None:
         self._call, self._writer = call, writer
-        self._headers = {"content-type": "text/event-stream; charset=utf-8", **headers}
+        self._headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
         self._is_begun = False
         self._unsaid: list[Frame] = []
         self._said_at = time.monotonic()

@@ -42,6 +42,7 @@ from glm52.server.request import (
     Usage,
     sampling,
     stop_strings,
+    unknown_fields,
     validated,
 )
 from glm52.tokenizer import Tokenizer
@@ -165,7 +166,7 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
         ends_loops=chat.repetition_detection is not False,
         include_usage=wants_usage(chat),
         n=num_answers(chat),
-        ignored=(*sorted(chat.model_extra or ()), *skipped),
+        ignored=(*unknown_fields(chat), *skipped),
     )  # fmt: skip
 
 

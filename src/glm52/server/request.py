@@ -45,6 +45,17 @@ def validated(kind: type[Model], body: Any) -> Model:
         raise RequestError(f"{where}: {worst['msg']}", param=where) from error
 
 
+def unknown_fields(body: Body) -> list[str]:
+    """Paths of the fields that nobody knows, also of those inside of others. Messages and tools are lists, which the
+    template may show whole, so nobody looks into them."""
+    found = sorted(name for name, value in (body.model_extra or {}).items() if value is not None)
+    for name in type(body).model_fields:
+        inner = getattr(body, name)
+        if isinstance(inner, Body):
+            found += [f"{name}.{path}" for path in unknown_fields(inner)]
+    return found
+
+
 def _where(location: Sequence[int | str], body: Any, is_missing: bool) -> str:
     """The path of a field in the body, without the names pydantic gives to the branches of a union."""
     path, node = [], body

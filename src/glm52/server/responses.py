@@ -41,6 +41,7 @@ from glm52.server.request import (
     Usage,
     left_out,
     sampling,
+    unknown_fields,
     validated,
 )
 from glm52.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         structure=_structure(b),
         stream=bool(b.stream),
         ends_loops=b.repetition_detection is not False,
-        ignored=(*sorted(b.model_extra or ()), *skipped, *unsaid),
+        ignored=(*unknown_fields(b), *skipped, *unsaid),
         raw=body | {"encrypted": "reasoning.encrypted_content" in include, "called": called},
     )  # fmt: skip
 

@@ -97,7 +97,9 @@ class Service:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
         return Call(self, request, client, dialect, explain=explain, deadline_s=deadline_s)
 
-    def render(self, request: ChatRequest, client: str) -> tuple[ChatRequest, list[list[int]], list[str]]:
+    def render(
+        self, request: ChatRequest, client: str, *, add_generation_prompt: bool = True
+    ) -> tuple[ChatRequest, list[list[int]], list[str]]:
         """The request as the model will see it, its prompts, and what was done to it."""
         if request.prompts is not None:
             return request, [self.tokenizer.encode(p) if isinstance(p, str) else p for p in request.prompts], []
@@ -111,7 +113,9 @@ class Service:
         if not messages:
             raise RequestError("messages: expected at least one message, found none", param="messages")
         request = dataclasses.replace(request, messages=messages)
-        prompt = self.template.render_ids(self.tokenizer, messages, request.tools, request.thinking)
+        prompt = self.template.render_ids(
+            self.tokenizer, messages, request.tools, request.thinking, add_generation_prompt=add_generation_prompt
+        )
         return request, [prompt], notes
 
 
