@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -36,7 +37,7 @@ class Fake:
     def __init__(self, kind: str = "vllm") -> None:
         self.kind, self.fault, self.thought, self.answer = kind, "", "Hm.</think>", "Hello!"
         self.bodies: list[Any] = []
-        self.num_open = 0
+        self.num_open = self.num_met = 0
         self._parts: list[int] = []
         path = "/completion" if kind == "llamacpp" else "/v1/completions"
         self.app = Starlette(routes=[
@@ -50,6 +51,9 @@ class Fake:
         assert self.num_open == num_open
 
     async def _models(self, request: Request) -> Response:
+        self.num_met += 1
+        if self.fault == "500":
+            return PlainTextResponse("CUDA out of memory", 500)
         return JSONResponse({"data": [{"id": "glm-5.2", "owned_by": self.kind, "max_model_len": 512}]})
 
     async def _props(self, request: Request) -> Response:
@@ -192,6 +196,38 @@ def test_stop_strings_and_limits_are_kept_here(fake: tuple[Fake, httpx.Client]) 
     upstream.thought, upstream.answer = "Stop here? No.</think>", "One. Stop here. Two."
     assert ask(client, "chat", "Hi", max_tokens=100, stop=["Stop here"]).content == "One."
     assert ask(client, "chat", "Hi", max_tokens=4).finish == "length"
+
+
+def test_health_is_that_of_upstream() -> None:
+    """It said ok for ever, whatever stood behind it. Asked often, it asks upstream once a second."""
+    fake = Fake()
+    with served(fake.app) as url, running(gateway(url)) as front:
+        asked = fake.num_met
+        replies = [httpx.get(f"{front}/health") for _ in range(5)]
+        assert {(r.status_code, r.json()["status"]) for r in replies} == {(200, "ok")}
+        assert fake.num_met - asked <= 2
+        fake.fault = "500"
+        wait_for_health(front, 503, "upstream_error")
+        fake.fault = ""
+        wait_for_health(front, 200, "ok")
+    with running(front_service := gateway_to_nobody()) as front:
+        reply = httpx.get(f"{front}/health")
+        assert (reply.status_code, reply.json()["status"]) == (503, "upstream_unreachable")
+        assert front_service.failure is None, "it may come back"
+
+
+def gateway_to_nobody() -> Service:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    upstream = Upstream(url, TOKENIZER, GLMConfig.read(NANO))
+    return Service(upstream, TOKENIZER, TEMPLATE, name="nano", context_length=512, defaults={})
+
+
+def wait_for_health(url: str, status: int, said: str) -> None:
+    deadline = time.monotonic() + 10
+    while (reply := httpx.get(f"{url}/health")).json()["status"] != said and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (reply.status_code, reply.json()["status"]) == (status, said)
 
 
 FAULTS = {"500": (502, "out of memory"), "429": (429, "too many"), "hang": (504, "nothing for too long"),

@@ -180,10 +180,10 @@ async def model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     service: Service = request.app.state.service
-    status = "failed" if service.failure else "draining" if service.is_draining else "ok"
-    state = {"status": status, "model": service.name, "running": service.gate.running,
+    trouble = await service.trouble()
+    state = {"status": trouble or "ok", "model": service.name, "running": service.gate.running,
              "waiting": service.gate.waiting}  # fmt: skip
-    return JSONResponse(state, 200 if status == "ok" else 503)
+    return JSONResponse(state, 503 if trouble else 200)
 
 
 async def metrics(request: Request) -> Response:

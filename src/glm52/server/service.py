@@ -82,6 +82,13 @@ class Service:
     def is_draining(self) -> bool:
         return self.stops_at < math.inf
 
+    async def trouble(self) -> str | None:
+        """Why nothing can be answered now, in a word, if that is so."""
+        if self.failure is not None or self.is_draining:
+            return "draining" if self.failure is None else "failed"
+        ask = getattr(self.backend, "trouble", None)
+        return await ask() if ask else None
+
     def check_model(self, name: str, *, any_of: str | None = None) -> None:
         """RequestError unless it is one of ours; ``any_of``: a prefix of foreign names that mean this model too."""
         plain = name.removesuffix(_LONG)

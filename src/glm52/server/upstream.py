@@ -12,6 +12,8 @@ top_k, which cut before it). Log probabilities are the upstream's own; those of 
 import asyncio
 import contextlib
 import json
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,7 @@ from glm52.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 _CONNECT_S, _STALL_S = 10.0, 300.0
+_PROBE_S, _FRESH_S = 2.0, 1.0  # how long a look at the server may take, and how long it is believed
 _REPLACEMENT = "\ufffd"
 _BIAS = 100.0  # OpenAI's most: as good as a ban or an exclusive choice
 _UNTOLD = -9999.0  # OpenAI's log probability of a token that it does not tell
@@ -59,6 +62,8 @@ class Upstream:
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = httpx.Timeout(stall_s, connect=_CONNECT_S)
         self.model, self.context_length, self.is_llama = "", config.max_position_embeddings, False
+        self._looking, self._looked_at = asyncio.Lock(), -math.inf
+        self._trouble: str | None = None
 
     def meet(self) -> None:
         """Ask who is there: its model, its window, which protocol it speaks. RequestError if nobody answers."""
@@ -71,6 +76,23 @@ class Upstream:
             if self.is_llama:
                 window = client.get(f"{self.url}/props").json().get("default_generation_settings", {}).get("n_ctx")
         self.context_length = min(self.context_length, window or self.context_length)
+
+    async def trouble(self) -> str | None:
+        """Why the server cannot be asked now, by the code of the error, if that is so."""
+        async with self._looking:
+            if time.monotonic() - self._looked_at >= _FRESH_S:
+                self._trouble = await asyncio.to_thread(self._look)
+                self._looked_at = time.monotonic()
+        return self._trouble
+
+    def _look(self) -> str | None:
+        try:
+            with _named(self.url):
+                reply = httpx.get(f"{self.url}/v1/models", headers=self._headers, timeout=_PROBE_S)
+                _check_status(reply.status_code, reply.text)
+        except RequestError as error:
+            return error.code
+        return None
 
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
         """Events of one reply until its finish_reason."""
