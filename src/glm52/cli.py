@@ -23,6 +23,13 @@ _COMMANDS = {
 }
 
 
+class _Lines(logging.Formatter):
+    """The log of requests is JSON and stands alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.name == "glm52.requests" else super().format(record)
+
+
 class _Parser(argparse.ArgumentParser):
     """Mistakes are one line, without the list of all options above it."""
 
@@ -69,7 +76,9 @@ def _run(argv: list[str], named: str | None, level: str) -> int:
         return 0
     if level not in logging.getLevelNamesMapping():
         raise RequestError(f"GLM52_LOG: expected debug, info, warning or error, found {level.lower()}")
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     return int(importlib.import_module(_COMMANDS[args.command][0]).run(args))
 
 

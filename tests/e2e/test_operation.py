@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,68 @@ def test_logs_are_json_and_say_nothing_of_what_was_said(caplog: pytest.LogCaptur
     assert (line["dialect"], line["status"], line["finish"], line["cached_tokens"]) == ("chat", 200, ["stop"], 3)
     assert line["total_s"] >= line["first_token_s"] >= 0 and "my-key" not in caplog.text
     assert ("a question" in caplog.text) is ("an answer" in caplog.text) is log_prompts
+
+
+def test_refused_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """They left no line, nor did count_tokens, which was not even counted."""
+    service = scripted_service(Script("</think>an answer"), keys=Keys(["my-key"]), max_running=1, max_waiting=0)
+    key = {"authorization": "Bearer my-key"}
+    long = {"input": "word " * 600, "stream": True}
+
+    async def main() -> str:
+        async with asgi(service) as client:
+            await client.post(CHAT, json=BODY, headers={"x-api-key": "not-mine"})
+            await client.post(CHAT, json=BODY | {"temperature": 9}, headers=key)
+            service.gate.admit(1)
+            await client.post("/v1/messages", json=BODY, headers=key)
+            service.gate.dismiss(1)
+            await client.post("/v1/messages/count_tokens", json=BODY, headers=key)
+            await client.post("/v1/responses", json=long, headers=key)
+            await client.get("/v1/models/no-such", headers=key)
+            assert (await client.get("/v1/models", headers=key)).status_code == 200
+            return (await client.get("/metrics", headers=key)).text
+
+    with caplog.at_level(logging.INFO, "glm52.requests"):
+        text = asyncio.run(main())
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "glm52.requests"]
+    assert [(x["dialect"], x["status"], x.get("code"), x.get("param")) for x in lines] == [
+        ("chat", 401, "invalid_api_key", None), ("chat", 400, None, "temperature"),
+        ("messages", 429, "queue_full", None), ("count_tokens", 200, None, None),
+        ("responses", 400, "context_length_exceeded", "messages"), ("other", 404, "model_not_found", "model"),
+    ]  # fmt: skip
+    assert [x["client"][:4] for x in lines] == ["127.", *["key-"] * 5] and lines[2]["prompt_tokens"] > 0
+    assert "word word" not in caplog.text and "my-key" not in caplog.text and "not-mine" not in caplog.text
+    for line in lines[:4]:
+        assert value(text, "glm52_requests_total", dialect=line["dialect"], status=str(line["status"])) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_found_in_the_log_by_its_id(caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    async def main() -> list[httpx.Response]:
+        async with asgi(scripted_service(Script("</think>an answer"))) as client:
+            ask = [({"x-request-id": "mine-1"}, BODY), ({}, BODY), ({"x-request-id": 'a"b c'}, {}), ({}, {})]
+            return [await client.post(CHAT, json=b | {"stream": stream}, headers=h) for h, b in ask]
+
+    with caplog.at_level(logging.INFO, "glm52.requests"):
+        replies = asyncio.run(main())
+    assert [r.status_code for r in replies] == [200, 200, 400, 400]
+    ids = [json.loads(r.getMessage())["id"] for r in caplog.records if r.name == "glm52.requests"]
+    assert ids == [r.headers["x-request-id"] for r in replies] == [r.headers["request-id"] for r in replies]
+    assert ids[0] == "mine-1" and len(set(ids)) == 4 and all(i.startswith("req_") for i in ids[1:])
+
+
+def test_the_log_of_requests_is_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each began with ``INFO glm52.requests:``, and had no time."""
+    write_tiny(tmp_path)
+    monkeypatch.setenv("GLM52_LOG", "INFO")
+    with process(tmp_path, "--drafts", "0") as (server, url):
+        for body in (BODY | {"max_tokens": 4}, {}):
+            httpx.post(url + CHAT, json=body, timeout=60)
+        server.send_signal(signal.SIGTERM)
+        assert server.stderr is not None
+        lines = [json.loads(line) for line in server.stderr.read().splitlines() if '"dialect"' in line]
+    assert [x["status"] for x in lines] == [200, 400] and lines[0]["completion_tokens"] == 4
+    assert all(abs(time.time() - datetime.fromisoformat(x["time"]).timestamp()) < 300 for x in lines)
 
 
 def test_a_miss_is_explained_on_request_in_every_dialect() -> None:

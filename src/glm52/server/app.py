@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from glm52 import __version__
 from glm52.errors import CapacityError, ContextOverflow, RequestError
 from glm52.server import anthropic, completions, openai, page, responses, tokens, zai
+from glm52.server.access import AccessLog
 from glm52.server.http import EventStream, as_request_error, json_body, run_whole, sse
 from glm52.server.openapi import document
 from glm52.server.request import ChatRequest, Defaults, Json
@@ -51,12 +52,19 @@ DIALECTS = {
     "/v1/messages": MESSAGES, "/api/anthropic/v1/messages": MESSAGES,
     "/api/paas/v4/chat/completions": ZAI, "/api/coding/paas/v4/chat/completions": ZAI_CODING,
 }  # fmt: skip
+_COUNT, _TOKENS = replace(MESSAGES, name="count_tokens"), replace(CHAT, name="tokenize")
+SMALL = {
+    "/v1/messages/count_tokens": _COUNT, "/api/anthropic/v1/messages/count_tokens": _COUNT,
+    "/tokenize": _TOKENS, "/detokenize": replace(CHAT, name="detokenize"),
+}  # fmt: skip
 
 
 def _client(request: Request) -> str:
     service: Service = request.app.state.service
     headers, peer = request.headers, request.client.host if request.client else "local"
-    return service.options.keys.client(headers.get("authorization"), headers.get("x-api-key"), peer)
+    client = service.options.keys.client(headers.get("authorization"), headers.get("x-api-key"), peer)
+    request.state.entry.client = client
+    return client
 
 
 async def _read(request: Request, dialect: Dialect) -> ChatRequest:
@@ -87,8 +95,9 @@ async def _converse(request: Request, dialect: Dialect) -> ASGIApp:
     except ContextOverflow as error:
         if not (dialect.fails_in_stream and chat.stream):
             raise
-        service.metrics.count(dialect.name, 200)
+        request.state.entry.error = error
         return Response(sse([*writer.begin(0, 0), *writer.fail(error)]), media_type="text/event-stream")
+    request.state.entry.call = call
     headers = _headers(chat.ignored, call.notes, call.unheld)
     service.gate.admit(len(call.answers))  # until call.finish
     if chat.stream:
@@ -105,7 +114,6 @@ async def _converse(request: Request, dialect: Dialect) -> ASGIApp:
         raise known from error
     finally:
         call.finish(status)
-    service.metrics.count(dialect.name, 200)
     return JSONResponse(writer.whole(call.answers, call.usage), headers=headers)
 
 
@@ -196,40 +204,39 @@ async def openapi(request: Request) -> Response:
 
 
 def _dialect_of(path: str) -> Dialect:
-    """Which envelope an error on this path is told in."""
+    """What a request is counted as, and which envelope an error on this path is told in."""
+    known = DIALECTS.get(path) or SMALL.get(path)
+    if known is not None:
+        return known
     if "/messages" in path or path.startswith("/api/anthropic"):
-        return MESSAGES
-    return ZAI if path.startswith(("/api/paas", "/api/coding")) else CHAT
+        return replace(MESSAGES, name="other")
+    return replace(ZAI if path.startswith(("/api/paas", "/api/coding")) else CHAT, name="other")
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    dialect = DIALECTS.get(request.url.path) or _dialect_of(request.url.path)
-    metrics = request.app.state.service.metrics
     if isinstance(error, ClientDisconnect):
-        metrics.count(dialect.name, 499)
         return Response(status_code=499)
-    known = as_request_error(error)
-    metrics.count(dialect.name, known.status)
+    known = request.state.entry.error = as_request_error(error)
     headers = {"retry-after": "1"} if known.status in (429, 503) else {}
     if known.code == "shutting_down" or known.status == 500:  # after which uvicorn hangs up
         headers["connection"] = "close"
     if isinstance(error, HTTPException):
         headers |= dict(error.headers or {})
-    return JSONResponse(dialect.error(known), known.status, headers=headers)
+    return JSONResponse(_dialect_of(request.url.path).error(known), known.status, headers=headers)
 
 
-def create_app(service: Service) -> Starlette:
+def create_app(service: Service) -> ASGIApp:
     routes = [Route(path, partial(_converse, dialect=dialect), methods=["POST"]) for path, dialect in DIALECTS.items()]
     for prefix in ("/v1", "/api/paas/v4", "/api/coding/paas/v4", "/api/anthropic/v1"):
         routes += [Route(f"{prefix}/models", models), Route(f"{prefix}/models/{{name:path}}", model)]
-    routes += [Route(f"{p}/v1/messages/count_tokens", count_tokens, methods=["POST"]) for p in ("", "/api/anthropic")]
+    small = {"count_tokens": count_tokens, "tokenize": tokenize, "detokenize": detokenize}
+    routes += [Route(path, small[kind.name], methods=["POST"]) for path, kind in SMALL.items()]
     routes += [
         *page.ROUTES, Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi),
-        Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),
     ]  # fmt: skip
     handled: tuple[type[Exception], ...] = (
         RequestError, CapacityError, HTTPException, ClientDisconnect, RecursionError, Exception,
     )  # fmt: skip
     app = Starlette(routes=routes, exception_handlers={kind: _on_error for kind in handled})
     app.state.service = service
-    return app
+    return AccessLog(app, service, lambda path: _dialect_of(path).name)

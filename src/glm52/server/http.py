@@ -121,7 +121,7 @@ class EventStream:
                 raise
         except Exception as error:
             known = as_request_error(error)
-            status = known.status
+            status, call.error = known.status, known
             if not self._is_begun:
                 raise known from error
             with contextlib.suppress(ClientDisconnect):
@@ -167,7 +167,6 @@ class EventStream:
 
     async def _begin(self) -> None:
         self._is_begun = True
-        self._call.service.metrics.count(self._call.dialect, 200)
         usage = self._call.usage
         self._unsaid += self._writer.begin(usage.prompt_tokens, usage.cached_tokens)
         headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]

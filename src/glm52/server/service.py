@@ -6,8 +6,6 @@ restored, waits for its turn, runs the backend and keeps account.
 
 import contextlib
 import dataclasses
-import json
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -25,7 +23,6 @@ from glm52.server.request import Answer, ChatRequest, Json, Usage, guided, in_or
 from glm52.server.stable import neutralised
 from glm52.tokenizer import Tokenizer
 
-requests_log = logging.getLogger("glm52.requests")
 _LONG = "[1m]"  # how some clients ask for the window of a million tokens
 
 
@@ -127,7 +124,7 @@ class Service:
 
 
 class Call:
-    """One request being served."""
+    """One request being served. status, error: how it ended, once it did."""
 
     def __init__(
         self, service: Service, request: ChatRequest, client: str, dialect: str, *, explain: bool,
@@ -150,6 +147,8 @@ class Call:
         bounds = [d for d in (deadline_s, service.options.limits.deadline_s) if d is not None]
         self._deadline = self.began + min(bounds, default=math.inf)
         self._first_s: float | None = None
+        self.status: int | None = None
+        self.error: RequestError | None = None
 
     @property
     def usage(self) -> Usage:
@@ -203,6 +202,7 @@ class Call:
 
     def finish(self, status: int) -> None:
         """Account for the request, once, however it ended; another may take its place in the queue."""
+        self.status = status
         self.service.gate.dismiss(len(self.answers))
         usage, metrics = self.usage, self.service.metrics
         metrics.prompt_tokens.inc(usage.prompt_tokens)
@@ -213,13 +213,16 @@ class Call:
             metrics.finishes.labels(answer.reason or "none").inc()
             if answer.thinking_closed:
                 metrics.thinking_closed.labels(answer.thinking_closed).inc()
-        line: Json = {
-            "dialect": self.dialect, "client": self.client, "status": status, "stream": self.request.stream,
+
+    def figures(self) -> Json:
+        """What the log of requests says of it."""
+        usage = self.usage
+        figures: Json = {
+            "stream": self.request.stream,
             "prompt_tokens": usage.prompt_tokens, "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens, "reasoning_tokens": usage.reasoning_tokens,
             "finish": [a.reason for a in self.answers], "first_token_s": self._first_s and round(self._first_s, 4),
-            "total_s": round(time.monotonic() - self.began, 4),
         }  # fmt: skip
         if self.service.options.log_prompts:
-            line["messages"], line["replies"] = self.request.messages, [a.text for a in self.answers]
-        requests_log.info("%s", json.dumps(line, ensure_ascii=False))
+            figures |= {"messages": self.request.messages, "replies": [a.text for a in self.answers]}
+        return figures
