@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, clear errors, a conversation through pipes."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -11,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from glm52 import cli
+from glm52.server import command as serve
 from glm52.session import Session
 from tests.fixtures import write_tiny
 
@@ -85,6 +87,10 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--think", "off", "--effort", "high"], "--effort: expected thinking to be on"),
         (["dance"], "'dance'"),
         (["data", "build"], "--out"),
+        (
+            ["serve", "--served-model-name", "a", "nano"],
+            "--served-model-name: a, nano are all names now; MODEL goes first",
+        ),
         (["serve", "--served-model-name", ""], "argument --served-model-name: expected a name"),
         (["launch", "vllm", "--served-model-name", " "], "argument --served-model-name: expected a name"),
         (["serve", "--port", "0", "--max-seqs", "600"], "--max-seqs: expected at most the 512 of --max-batch-tokens"),
@@ -115,6 +121,23 @@ def test_options_that_a_gateway_cannot_use(option: tuple[str, str], capsys: pyte
     assert cli.main(["serve", "nano", "--port", "0", "--upstream", "http://127.0.0.1:9", *option]) == 2
     error = capsys.readouterr().err
     assert option[0] in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nano", "--served-model-name", "a", "b"],
+        ["nano", "--served-model-name", "a", "--served-model-name", "b"],
+        ["--served-model-name", "a", "--served-model-name", "b"],
+        ["--served-model-name", "a", "--served-model-name", "b", "--port", "0", "nano"],
+    ],
+)
+def test_a_model_may_have_several_names(args: list[str]) -> None:
+    """As vLLM takes them, several behind one flag: the second became the MODEL."""
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    parsed = parser.parse_args(args)
+    assert serve._names(parsed, "nano") == ["a", "b"] and parsed.model in ("nano", None)
 
 
 def test_files_of_keys_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

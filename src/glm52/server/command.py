@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", help="folder or hub name (default: the small model that is shipped)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=integer(0, 65_535), default=8000, help="default: 8000; 0 picks a free one")
-    add("--served-model-name", type=some_name, action="append", metavar="NAME",
-        help="name clients use; may be repeated, the first stands in replies (default: the folder's)")  # fmt: skip
+    add("--served-model-name", type=some_name, action="append", nargs="+", metavar="NAME",
+        help="names clients use, after MODEL; the first stands in replies (default: the folder's)")  # fmt: skip
     add("--api-key", action="append", default=[], metavar="KEY",
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
     add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--prefix-cache-size: expected --prefix-cache too; without it nothing is kept")
     if args.upstream_key is not None and args.upstream is None:
         raise RequestError("--upstream-key: expected --upstream too; without it nobody wants the key")
+    _names(args, "")
     listener = _bind(args.host, args.port)
     for note in foreign.notes(args):
         print(f"glm52 serve: {note}", file=sys.stderr)
@@ -111,7 +112,7 @@ def _engine(args: argparse.Namespace, options: Options) -> Service:
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=PREFIX_CACHE_BYTES if args.prefix_cache_size is None else args.prefix_cache_size,
     )  # fmt: skip
-    name, *aliases = args.served_model_name or [session.name]
+    name, *aliases = _names(args, session.name)
     return Service(
         AsyncEngine(
             session.engine, max_waiting=args.max_seqs + args.max_waiting,
@@ -141,11 +142,20 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
     tokenizer = Tokenizer.read(folder)
     upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=key)
     upstream.meet()
-    name, *aliases = args.served_model_name or [upstream.model or folder.absolute().name]
+    name, *aliases = _names(args, upstream.model or folder.absolute().name)
     return Service(
         upstream, tokenizer, ChatTemplate.read(folder), name=name, aliases=aliases, options=options,
         defaults=generation_defaults(folder), context_length=min(args.context or 1 << 30, upstream.context_length),
     )  # fmt: skip
+
+
+def _names(args: argparse.Namespace, default: str) -> list[str]:
+    """What the model is called. Names behind one flag end at the next flag only, so that one of them may be MODEL."""
+    groups: list[list[str]] = args.served_model_name or [[default]]
+    longest = max(groups, key=len)
+    if args.model is None and len(longest) > 1:
+        raise RequestError(f"--served-model-name: {', '.join(longest)} are all names now; MODEL goes first")
+    return [name for group in groups for name in group]
 
 
 def _read_keys(given: Sequence[str]) -> list[str]:
