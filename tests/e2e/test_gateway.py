@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from glm52 import cli
-from glm52.clients.script import served
+from glm52.clients.stage import served
 from glm52.config import GLMConfig
 from glm52.engine import AsyncEngine
 from glm52.errors import RequestError

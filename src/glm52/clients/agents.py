@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm52.clients.probes import ANSWER, PREAMBLE, THOUGHT
-from glm52.clients.script import Stage, Turn, scene_of
+from glm52.clients.probes import ANSWER, FAULTS, PREAMBLE, THOUGHT
+from glm52.clients.script import Turn, scene_of
+from glm52.clients.stage import Stage
 
 Verdict = tuple[str, str]
 PASS: Verdict = ("pass", "")
@@ -98,9 +99,8 @@ class Run:
 
 
 @contextmanager
-def _started(agent: Agent, program: Path, url: str, scene: str) -> Iterator[subprocess.Popen[str]]:
-    """The agent at work in a home and a folder of its own; whatever it started ends with the context. The prompt of an
-    overflow is too long by itself: what agents do about one, to compact and try again, must not help."""
+def at_home(agent: Agent, url: str) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder to work in and an environment, whose home is the agent's own, configured."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         work = Path(home) / "work"
         work.mkdir()
@@ -110,7 +110,14 @@ def _started(agent: Agent, program: Path, url: str, scene: str) -> Iterator[subp
             (Path(home) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(home) / name).write_text(text.replace("SERVER", url))
         environment = {"HOME": home, "PATH": os.environ["PATH"], "TERM": "dumb", "NO_COLOR": "1", "CI": "1"}
-        environment |= {k: v.replace("SERVER", url) for k, v in agent.environment.items()}
+        yield work, environment | {k: v.replace("SERVER", url) for k, v in agent.environment.items()}
+
+
+@contextmanager
+def _started(agent: Agent, program: Path, url: str, scene: str) -> Iterator[subprocess.Popen[str]]:
+    """The agent at work; whatever it started ends with the context. The prompt of an overflow is too long by itself:
+    what agents do about one, to compact and try again, must not help."""
+    with at_home(agent, url) as (work, environment):
         arguments = [a.replace("SERVER", url) for a in agent.arguments]
         question = f"[check:{scene}] What do the notes say?" + (PREAMBLE * 4 if scene == "overflow" else "")
         process = subprocess.Popen(
@@ -155,6 +162,8 @@ def check_agent(agent: Agent, program: Path, on: Stage) -> dict[str, Verdict]:
     cells["parallel"] = _says(play(agent, program, on, on.url, "parallel"), ["word-alpha", "word-beta"])
     cells["hang-up"] = _killed(agent, program, on)
     cells["overflow"] = _overflows(play(agent, program, on, on.small_url, "overflow"))
+    for fault in (s for s in on.scenes if s in FAULTS):
+        cells[fault] = _survives(play(agent, program, on, on.url, fault), fault)
     return cells
 
 
@@ -203,7 +212,7 @@ def _killed(agent: Agent, program: Path, on: Stage) -> Verdict:
 
 def hung_up(on: Stage, begun: int) -> Verdict:
     """Whether a reply since turn ``begun`` was ended by its client, soon."""
-    is_cut = _until(lambda: any(t.is_cut for t in on.script.turns[begun:]), _CUT_S)
+    is_cut = _until(lambda: any(t.is_cut and scene_of(t.prompt) == "hang-up" for t in on.script.turns[begun:]), _CUT_S)
     return PASS if is_cut else ("fail", f"the server still wrote {_CUT_S:g} s after the client had left")
 
 
@@ -214,6 +223,13 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def _survives(run: Run, fault: str) -> Verdict:
+    """It has asked again and has all of the answer, or it ends and says why."""
+    answer = "word-alpha" if fault == "cut-call" else ANSWER
+    is_told = answer in run.output or re.search(FAULTS[fault], run.output)
+    return PASS if is_told and run.exit_code is not None else ("fail", _tail(run))
 
 
 def _overflows(run: Run) -> Verdict:

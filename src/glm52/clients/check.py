@@ -4,15 +4,15 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm52.clients import probes
 from glm52.clients.agents import AGENTS, check_agent, hung_up
-from glm52.clients.script import Stage, stage
+from glm52.clients.stage import Stage, stage
 from glm52.errors import RequestError
 
-SCENES = tuple(probes.SCENES)
 _PROBE_S = 180.0
 
 
@@ -29,7 +29,7 @@ class Row:
 def check_sdk(name: str, python: str, on: Stage) -> Row:
     """One Python SDK in an interpreter of its own."""
     begun = len(on.script.turns)
-    command = [python, "-P", str(Path(probes.__file__)), name, on.url, on.small_url]
+    command = [python, "-P", str(Path(probes.__file__)), name, on.url, on.small_url, *on.scenes]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -56,16 +56,16 @@ def check_npm(name: str, folder: Path, on: Stage) -> Row:
     return Row(name, manifest["version"], check_agent(agent, program, on))
 
 
-def matrix(rows: list[Row]) -> str:
+def matrix(rows: list[Row], scenes: Sequence[str]) -> str:
     """As a table of Markdown, and below it why cells did not pass."""
-    lines = ["| client | " + " | ".join(SCENES) + " |", "|---" * (len(SCENES) + 1) + "|"]
+    lines = ["| client | " + " | ".join(scenes) + " |", "|---" * (len(scenes) + 1) + "|"]
     notes = []
     for row in rows:
         name = f"{row.client} {row.version}".strip()
-        cells = [row.cells.get(scene, ("n/a", "")) for scene in SCENES]
+        cells = [row.cells.get(scene, ("n/a", "")) for scene in scenes]
         lines.append(f"| {name} | " + " | ".join(verdict for verdict, _ in cells) + " |")
         notes += [f"{name}: not run: {row.missing}"] if row.missing else []
-        notes += [f"{name}, {s}: {v}: {why}" for s, (v, why) in zip(SCENES, cells, strict=True) if why]
+        notes += [f"{name}, {s}: {v}: {why}" for s, (v, why) in zip(scenes, cells, strict=True) if why]
     return "\n".join([*lines, "", *notes]).rstrip()
 
 
@@ -75,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", default=sys.executable, help="interpreter that has the Python SDKs (default: this)")
     parser.add_argument("--npm", type=Path, default=Path(), metavar="FOLDER",
         help="where npm has installed the agents (default: here)")  # fmt: skip
+    parser.add_argument("--gateway", action="store_true",
+        help="have a scripted upstream server compute, which also fails: "
+             "502, streams that are cut, garbled or stall")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise RequestError(f"no client is called {unknown[0]}; there are {', '.join(known)}")
     rows = []
-    with stage() as on:
+    with stage(is_gateway=args.gateway) as on:
         for name in args.clients or known:
             is_sdk = name in probes.CLIENTS
             rows.append(check_sdk(name, args.python, on) if is_sdk else check_npm(name, args.npm.absolute(), on))
-    print(matrix(rows))
+    print(matrix(rows, on.scenes))
     has_failed = any(verdict == "fail" for row in rows for verdict, _ in row.cells.values())
     absent = [row for row in rows if row.missing]
     return int(has_failed or len(absent) == len(rows) or bool(args.clients and absent))

@@ -1,13 +1,15 @@
 """Python SDKs as a user holds them. Run in an interpreter that has the SDK, which need not have this package:
 
-    python -P probes.py SDK URL SMALL_URL
+    python -P probes.py SDK URL SMALL_URL SCENE...
 
 prints one JSON line: the version of the SDK, and for each scene "pass", "fail" or "n/a" with the reason.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -20,6 +22,8 @@ THOUGHT, ANSWER = "Let me look at this first.", "The answer is forty-two."
 PREAMBLE = "You are an agent that reads, writes and runs what it is asked to. " * 200
 PARAMETERS = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
 TOOL = {"type": "function", "function": {"name": "shell", "description": "Runs it.", "parameters": PARAMETERS}}
+# Of the server behind a gateway, and the words in which a client is told of each.
+FAULTS = {"bad-gateway": "502", "cut": "broke", "cut-call": "broke", "garbage": "no event", "stall": "too long"}
 NOTES = {"cat note-1.txt": "word-alpha", "cat note-2.txt": "word-beta"}
 
 
@@ -330,10 +334,25 @@ def overflow(client: Chat) -> None:
     raise AssertionError("no error was raised")
 
 
+def fault(client: Chat, name: str) -> None:
+    """An error says what happened, and asking again brings the whole answer; or the client has asked again itself."""
+    is_call = name == "cut-call"
+    for stream in (False, True):
+        try:
+            reply = client.ask(question(name), stream=stream, tools=is_call)
+        except Exception as error:
+            told = f"{error} {vars(error)}"  # zai-sdk keeps the words in json_data
+            expect(re.search(FAULTS[name], told) is not None, f"{type(error).__name__}: {error}")
+            reply = client.ask(question(name), stream=stream, tools=is_call)
+        said, due = (reply.calls[0][1]["command"], "cat note-1.txt") if is_call else (reply.text.strip(), ANSWER)
+        expect(said == due, f"passed off as whole: {said!r}")
+
+
 SCENES: dict[str, Callable[[Chat], None]] = {
     "plain": plain, "streamed": streamed, "reasoning": reasoning, "tools": tools, "parallel": parallel, "cache": cache,
     "hang-up": hang_up, "overflow": overflow,
 }  # fmt: skip
+ALL = SCENES | {name: functools.partial(fault, name=name) for name in FAULTS}
 CLIENTS: dict[str, Any] = {c.package: c for c in (OpenAI, Anthropic, Zai, LiteLLM, LangChain, Llm)}
 
 
@@ -348,14 +367,14 @@ def run(scene: Callable[[Chat], None], client: Chat) -> tuple[str, str]:
     return "pass", ""
 
 
-def main(name: str, url: str, small_url: str) -> None:
+def main(name: str, url: str, small_url: str, *scenes: str) -> None:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         print(json.dumps({"missing": f"{name} is not installed in {sys.executable}"}))
         return
     kind = CLIENTS[name]
-    cells = {s: run(f, kind(small_url if s == "overflow" else url)) for s, f in SCENES.items()}
+    cells = {s: run(ALL[s], kind(small_url if s == "overflow" else url)) for s in scenes}
     print(json.dumps({"version": version, "cells": cells}))
 
 

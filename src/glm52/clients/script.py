@@ -1,36 +1,33 @@
-"""A model without weights that says what a check needs, and the server around it.
+"""A model without weights that says what a check needs.
 
 What it says is a function of the prompt: a mark such as ``[check:tools]`` in a user's text names the scene, the tools
 that the client offers are called by their own schemas, and what a tool found is told in the answer.
 """
 
 import asyncio
-import contextlib
 import json
 import re
-import threading
-from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
 from glm52.engine import Event, SamplingParams, Sequence
 from glm52.engine.guide import Guide, Marks
 from glm52.hub import NANO
-from glm52.server.app import create_app
-from glm52.server.service import Service
 from glm52.tokenizer import Tokenizer
 
 THOUGHT = "Let me look at this first."
 ANSWER = "The answer is forty-two."
 _MARK = re.compile(r"\[check:([a-z-]+)\]")
 _TOOLS = re.compile(r"<tools>\n(.*?)</tools>", re.DOTALL)
-_COMMANDS = ("command", "cmd", "commands")
-_WINDOW, _SMALL_WINDOW = 1 << 20, 4096
+_KEYS = ("command", "cmd", "commands")
+_ENDING = re.compile(r"terminal completion tools: (\w+)")  # what Cline wants called once a request has failed
+_READ = ["cat note-1.txt"]
+_COMMANDS = {  # of each reply to a question, until there are none
+    "tools": [_READ], "cache": [_READ], "cut-call": [_READ], "parallel": [[*_READ, "cat note-2.txt"]],
+    "session": [_READ, ["cat note-2.txt"], ["ls"]],
+}  # fmt: skip
 
 
 @dataclass
@@ -41,15 +38,6 @@ class Turn:
     num_tokens: int
     num_cached: int
     is_cut: bool = False
-
-
-@dataclass
-class Exchange:
-    """A request as it came over HTTP, and the status of what it got."""
-
-    path: str
-    body: bytearray = field(default_factory=bytearray)
-    status: int = 0
 
 
 class Script:
@@ -105,13 +93,16 @@ def reply_to(prompt: str) -> str:
     scene, since = scene_of(prompt), _MARK.split(prompt)[-1]
     if scene == "hang-up":
         return thought + "On and on it goes. " * 500
-    commands = {"tools": ["cat note-1.txt"], "cache": ["cat note-1.txt"], "reasoning": ["cat note-1.txt"],
-                "parallel": ["cat note-1.txt", "cat note-2.txt"]}.get(scene, [])  # fmt: skip
+    step = since.count("<|assistant|>") - 1
+    commands = _COMMANDS[scene][step] if step < len(_COMMANDS.get(scene, ())) else []
     found = _TOOLS.search(prompt)
     tools = [json.loads(line) for line in found[1].splitlines() if line.strip()] if found else []
-    if "<tool_response>" in since:
-        return f"{thought}The notes say: {', '.join(re.findall('word-[a-z0-9]+', since))}."
     calls = [call for command in commands if (call := shell_call(tools, command))]
+    wanted = _ENDING.search(since.rpartition("<|user|>")[2])
+    if wanted:
+        return thought + ANSWER + "".join(_call(tool, {}) for tool in tools if tool["name"] == wanted[1])
+    if not calls and "<tool_response>" in since:
+        return f"{thought}The notes say: {', '.join(re.findall('word-[a-z0-9]+', since))}."
     return thought + ("".join(calls) or ANSWER)
 
 
@@ -120,15 +111,20 @@ def shell_call(tools: list[Any], command: str) -> str | None:
     for tool in tools:
         parameters = tool.get("parameters") or {}
         properties, required = parameters.get("properties") or {}, parameters.get("required", ())
-        key = next((k for k in _COMMANDS if k in properties and k in required), None)
+        key = next((k for k in _KEYS if k in properties and k in required), None)
         if key is not None:
-            values = {k: _some(properties.get(k, {})) for k in required if k != key}
             is_list = properties[key].get("type") == "array"
             value = (["bash", "-c", command] if key == "command" else [command]) if is_list else command
-            said = {key: value, **values}.items()
-            arguments = "".join(f"<arg_key>{k}</arg_key><arg_value>{_text(v)}</arg_value>" for k, v in said)
-            return f"<tool_call>{tool['name']}{arguments}</tool_call>"
+            return _call(tool, {key: value})
     return None
+
+
+def _call(tool: Any, said: dict[str, Any]) -> str:
+    parameters = tool.get("parameters") or {}
+    properties = parameters.get("properties") or {}
+    said = said | {k: _some(properties.get(k, {})) for k in parameters.get("required", ()) if k not in said}
+    arguments = "".join(f"<arg_key>{k}</arg_key><arg_value>{_text(v)}</arg_value>" for k, v in said.items())
+    return f"<tool_call>{tool['name']}{arguments}</tool_call>"
 
 
 def _some(schema: Any) -> Any:
@@ -141,75 +137,3 @@ def _some(schema: Any) -> Any:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-# ── The servers ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Recorder:
-    """Passes requests on and remembers them."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self.exchanges: list[Exchange] = []
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        exchange = Exchange(scope["path"])
-        self.exchanges.append(exchange)
-
-        async def heard() -> Message:
-            message = await receive()
-            exchange.body += message.get("body", b"")
-            return message
-
-        async def said(message: Message) -> None:
-            exchange.status = message.get("status", exchange.status)
-            await send(message)
-
-        await self._app(scope, heard, said)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a check plays on: two servers, one with a window so small that nothing long fits."""
-
-    script: Script
-    recorder: Recorder
-    url: str
-    small_url: str
-
-
-@contextlib.contextmanager
-def stage() -> Iterator[Stage]:
-    script = Script()
-    template = ChatTemplate.read(NANO)
-
-    def service(window: int) -> Service:
-        return Service(script, script.tokenizer, template, name="glm-5.2", context_length=window, defaults={})
-
-    recorder = Recorder(create_app(service(_WINDOW)))
-    with served(recorder) as url, served(create_app(service(_SMALL_WINDOW))) as small_url:
-        yield Stage(script, recorder, url, small_url)
-
-
-@contextlib.contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
-    """A server on a free port of the loopback, for as long as the context lasts."""
-    started = threading.Event()
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            started.set()
-
-    server = Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    started.wait()
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join()
