@@ -1,14 +1,18 @@
-"""Sessions as three agents hold them: from the second request on nearly everything is found in the cache, and where it is
-not, the explanation says why."""
+"""Sessions of three agents, recorded and as they might be: from the second request on nearly everything is found in the
+cache, and where it is not, the explanation says why. ``record_sessions.py`` makes the recordings."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from glm52.engine import AsyncEngine
+from glm52.clients.script import reply_to
+from glm52.engine import AsyncEngine, Event, SamplingParams
+from tests.e2e.record_sessions import SESSIONS
 from tests.scripted import EOS, TOKENIZER, ScriptedModel
 from tests.serving import running, scripted_service
 
@@ -47,6 +51,16 @@ def agent() -> Iterator[tuple[Speaker, httpx.Client]]:
     backend.close()
 
 
+def read_usage(usage: Any) -> tuple[int, int, int, Any]:
+    """Tokens of the prompt, those of them that were cached, tokens of the reply, and the explanation."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
+    cached = details.get("cached_tokens", details.get("cache_read_input_tokens"))
+    fresh = usage["input_tokens"] if "cache_read_input_tokens" in usage else 0
+    prompt = fresh + cached if fresh else usage.get("prompt_tokens") or usage["input_tokens"]
+    said = usage.get("completion_tokens") or usage["output_tokens"]
+    return prompt, cached, said, details.get("divergence") or details.get("cache_divergence")
+
+
 Ask = Callable[[str, Any], tuple[Any, int]]
 
 
@@ -62,15 +76,10 @@ def ask(agent: tuple[Speaker, httpx.Client], request: pytest.FixtureRequest) -> 
         speaker.text = says
         reply = client.post(path, json={"temperature": 0.0, **body}, headers=headers)
         assert reply.status_code == 200, reply.text
-        usage = reply.json()["usage"]
-        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
-        cached = details.get("cached_tokens", details.get("cache_read_input_tokens"))
-        divergence = details.get("divergence") or details.get("cache_divergence")
+        prompt, cached, said, divergence = read_usage(reply.json()["usage"])
         assert (cached >= held - PAGE) is expect_hit, (cached, held, divergence)
         assert divergence["cause"].startswith(("nothing changed", "no earlier")) is expect_hit, divergence
-        fresh = usage["input_tokens"] if "cache_read_input_tokens" in usage else 0
-        prompt = fresh + cached if fresh else usage.get("prompt_tokens") or usage["input_tokens"]
-        held = prompt + (usage.get("completion_tokens") or usage["output_tokens"])
+        held = prompt + said
         return reply.json(), divergence
 
     return ask  # type: ignore[return-value]
@@ -136,3 +145,44 @@ def test_a_new_question_keeps_the_prefix_where_reasoning_is_preserved(ask: Any, 
         messages.append(reply["choices"][0]["message"])
         if i and not preserved:
             assert "reasoning of an earlier turn" in divergence["cause"]
+
+
+class Replay(AsyncEngine):
+    """Says again what the agent was told: that is a function of the prompt."""
+
+    def __init__(self) -> None:
+        self._speaker = Speaker()
+        super().__init__(ScriptedModel(self._speaker, length=16_384).engine(num_rows=65_536))
+
+    def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
+        prompt = list(tokens)
+        self._speaker.text = reply_to(TOKENIZER.decode(prompt))
+        return super().generate(prompt, params)
+
+
+@pytest.mark.parametrize("mode", ["chat", "coding"])
+@pytest.mark.parametrize("recording", sorted(SESSIONS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_recorded(recording: Path, mode: str) -> None:
+    """Of the full pages that the last prompt and its reply have filled, 99 % are found; but where a new question begins
+    and the client does not ask to keep reasoning, the template drops that of the turn before."""
+    head, *bodies = map(json.loads, recording.read_text("utf-8").splitlines())
+    backend, held, asked = Replay(), 0, 0
+    headers = {"x-glm52-explain": "cache"}
+    with running(scripted_service(backend, context_length=16_384, mode=mode)) as url:
+        for i, body in enumerate(bodies):
+            fields = {"stream": False, "temperature": 0.0, "model": "nano"}
+            reply = httpx.post(url + head["path"], json={**head["same"], **body, **fields}, headers=headers, timeout=60)
+            assert reply.status_code == 200, reply.text
+            prompt, cached, said, divergence = read_usage(reply.json()["usage"])
+            reusable = (held - 1) // PAGE * PAGE  # the last token of a reply has not been computed with
+            share = cached / reusable if i else 0.0
+            if i:
+                print(f"{recording.stem} {mode} {i}: {cached} of {prompt} cached, {share:.1%} of {reusable} reusable")
+            questions = json.dumps(body).count("[check:")
+            if i and questions > asked and mode == "chat" and "context_management" not in head["same"]:
+                assert "reasoning of an earlier turn" in divergence["cause"] and "I should" not in divergence["new"]
+            elif i:
+                assert share >= 0.99 and divergence["cause"].startswith("nothing changed"), (share, divergence)
+            held, asked = prompt + said, questions
+    backend.close()
+    assert len(bodies) >= 6
