@@ -98,12 +98,12 @@ def reply_to(prompt: str) -> str:
     found = _TOOLS.search(prompt)
     tools = [json.loads(line) for line in found[1].splitlines() if line.strip()] if found else []
     calls = [call for command in commands if (call := shell_call(tools, command))]
+    if calls:
+        return thought + "".join(calls)
+    words = ", ".join(re.findall("word-[a-z0-9]+", since))
+    answer = f"The notes say: {words}." if "<tool_response>" in since else ANSWER
     wanted = _ENDING.search(since.rpartition("<|user|>")[2])
-    if wanted:
-        return thought + ANSWER + "".join(_call(tool, {}) for tool in tools if tool["name"] == wanted[1])
-    if not calls and "<tool_response>" in since:
-        return f"{thought}The notes say: {', '.join(re.findall('word-[a-z0-9]+', since))}."
-    return thought + ("".join(calls) or ANSWER)
+    return thought + answer + "".join(_call(tool, {}) for tool in tools if wanted and tool["name"] == wanted[1])
 
 
 def shell_call(tools: list[Any], command: str) -> str | None:
