@@ -151,7 +151,8 @@ class LangChain(Chat):
     def ask(self, messages: list[Any], *, tools: bool = False, stream: bool = False, leave: bool = False) -> Reply:
         from langchain_openai import ChatOpenAI
 
-        model: Any = ChatOpenAI(model="glm-5.2", base_url=f"{self.url}/v1", api_key="any", max_retries=0)
+        key: Any = "any"  # its type is that of a secret, which it makes of this itself
+        model: Any = ChatOpenAI(model="glm-5.2", base_url=f"{self.url}/v1", api_key=key, max_retries=0)
         model = model.bind_tools([TOOL]) if tools else model
         if not stream:
             return self._reply(model.invoke(messages))
