@@ -27,17 +27,29 @@ def resolve(model: str | None) -> Path:
         return path
     if path.exists():
         raise ConfigError(f"{path}: expected a model folder, found a file; name the folder that holds it")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ConfigError(f"{model}: no such folder, and not a repository name of the form owner/name")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        raise _no_name(model)
     return _fetch(model)
+
+
+def name_of(folder: Path) -> str:
+    """What a model is called: its folder's name, or its repository's, whose folder is called by a commit."""
+    folder = folder.absolute()
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
+
+
+def _no_name(model: str) -> ConfigError:
+    return ConfigError(f"{model}: no such folder, and not a repository name of the form owner/name")
 
 
 def _fetch(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=_FILES))
+    except HFValidationError as error:
+        raise _no_name(repository) from error
     except HfHubHTTPError as error:
         raise ConfigError(f"{repository}: the hub refused it ({error}); check the name and your access") from error
     except (LocalEntryNotFoundError, OSError) as error:

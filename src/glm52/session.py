@@ -16,6 +16,7 @@ from glm52.config import GLMConfig
 from glm52.engine import Engine, SamplingParams
 from glm52.engine.store import Store
 from glm52.errors import CheckpointError, RequestError
+from glm52.hub import name_of
 from glm52.load import load_for_inference
 from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
@@ -81,9 +82,7 @@ class Session:
                 fingerprint=f"{_weights(folder)} {fmt} {cache} top {model.index_topk} drafts {engine.num_drafts > 0}",
                 max_bytes=prefix_cache_bytes,
             )  # fmt: skip
-        return Session(
-            folder.absolute().name, folder, model.config, tokenizer, template, engine, generation_defaults(folder)
-        )
+        return Session(name_of(folder), folder, model.config, tokenizer, template, engine, generation_defaults(folder))
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

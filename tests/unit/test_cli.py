@@ -61,6 +61,9 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("args", "word"),
     [
         (["chat", "/nowhere"], "no such folder"),
+        (["chat", "./nosuch"], "./nosuch: no such folder"),
+        (["serve", "../nosuch"], "../nosuch: no such folder"),
+        (["inspect", "a--b/c.."], "a--b/c..: no such folder"),
         (["chat", "README.md"], "expected a model folder"),
         (["chat", "tests"], "config.json"),
         (["inspect", "glm-9"], "glm-5.2"),

@@ -12,7 +12,7 @@ from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
 from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
-from glm52.hub import resolve
+from glm52.hub import name_of, resolve
 from glm52.options import integer, number, some_name, some_path
 from glm52.server import foreign
 from glm52.server.connections import Server
@@ -142,7 +142,7 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
     tokenizer = Tokenizer.read(folder)
     upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=key)
     upstream.meet()
-    name, *aliases = _names(args, upstream.model or folder.absolute().name)
+    name, *aliases = _names(args, upstream.model or name_of(folder))
     return Service(
         upstream, tokenizer, ChatTemplate.read(folder), name=name, aliases=aliases, options=options,
         defaults=generation_defaults(folder), context_length=min(args.context or 1 << 30, upstream.context_length),
