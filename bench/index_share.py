@@ -20,8 +20,8 @@ from torch import Tensor
 from bench.common import finish, matmul_peak, read_bandwidth
 from bench.context import fill
 from glm52.cache import Spans
-from glm52.checkpoint import expected_tensors
 from glm52.config import GLMConfig
+from glm52.contents import expected_tensors
 from glm52.native import NativeGLM
 
 

@@ -6,10 +6,8 @@ CheckpointError with what, where and what to do.
 """
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,133 +16,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glm52.config import GLMConfig
+from glm52.contents import ROUTER_BIAS, account, expected_tensors
 from glm52.errors import CheckpointError
 from glm52.headers import INDEX, SINGLE, read_headers
 from glm52.layouts import read_matrix
 from glm52.quant import QTensor
-from glm52.schemes import FLOATS, Quantization, Scheme, Tensors
-
-logger = logging.getLogger(__name__)
 
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
-_BIAS = "e_score_correction_bias"
-
-
-def expected_tensors(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of the official layout with its shape, the MTP layer's included, as if none were quantised."""
-    D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, D),
-        "model.norm.weight": (D,),
-        "lm_head.weight": (config.vocab_size, D),
-    }
-    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        tensors = {
-            "input_layernorm.weight": (D,),
-            "post_attention_layernorm.weight": (D,),
-            "self_attn.q_a_proj.weight": (config.q_lora_rank, D),
-            "self_attn.q_a_layernorm.weight": (config.q_lora_rank,),
-            "self_attn.q_b_proj.weight": (H * config.qk_head_dim, config.q_lora_rank),
-            "self_attn.kv_a_proj_with_mqa.weight": (config.row_width, D),
-            "self_attn.kv_a_layernorm.weight": (C,),
-            "self_attn.kv_b_proj.weight": (H * (config.qk_nope_head_dim + config.v_head_dim), C),
-            "self_attn.o_proj.weight": (D, H * config.v_head_dim),
-            **(_indexer(config) if layer in config.index_layers else {}),
-            **(_experts(config) if config.is_sparse(layer) else _mlp("mlp", D, config.intermediate_size)),
-        }
-        if layer == config.num_hidden_layers:
-            tensors |= {f"{n}.weight": (D,) for n in ("enorm", "hnorm", "shared_head.norm")}
-            tensors["eh_proj.weight"] = (D, 2 * D)
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in tensors.items()}
-    return shapes
-
-
-def _mlp(prefix: str, D: int, F: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}.gate_proj.weight": (F, D),
-        f"{prefix}.up_proj.weight": (F, D),
-        f"{prefix}.down_proj.weight": (D, F),
-    }
-
-
-def _indexer(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    X, I = config.index_n_heads, config.index_head_dim
-    return {
-        "self_attn.indexer.wq_b.weight": (X * I, config.q_lora_rank),
-        "self_attn.indexer.wk.weight": (I, config.hidden_size),
-        "self_attn.indexer.k_norm.weight": (I,),
-        "self_attn.indexer.k_norm.bias": (I,),
-        "self_attn.indexer.weights_proj.weight": (X, config.hidden_size),
-    }
-
-
-def _experts(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    D, F = config.hidden_size, config.moe_intermediate_size
-    shapes = {"mlp.gate.weight": (config.n_routed_experts, D), f"mlp.gate.{_BIAS}": (config.n_routed_experts,)}
-    for expert in range(config.n_routed_experts):
-        shapes |= _mlp(f"mlp.experts.{expert}", D, F)
-    return shapes | _mlp("mlp.shared_experts", D, F * config.n_shared_experts)
 
 
 class Checkpoint:
-    """A folder of official weights: headers now, tensors when asked for.
-
-    config: the configuration that loads, without MTP if the file has none. quantized: how each quantised matrix is
-    stored, by the name of its weight.
-    """
+    """A folder of official weights: headers now, held against the configuration; tensors when asked for. See
+    ``Contents`` for config and quantized."""
 
     def __init__(self, folder: Path, config: GLMConfig) -> None:
-        """Hold the tensors against the configuration, or CheckpointError lists what is missing or does not belong.
-
-        What may be there and is not used: copies of embedding and head in the MTP layer, indexers of layers that share
-        (both published by converters), rotary tables, and an MTP layer the configuration does not announce.
-        """
-        self.folder = folder
-        self.tensors = read_headers(folder)
+        contents = account(folder, read_headers(folder), config)
+        self.folder, self.config, self.tensors = folder, contents.config, contents.tensors
+        self.quantized, self._shapes = contents.quantized, contents.shapes
         self._open: dict[Path, safe_open] = {}
-        mtp = f"model.layers.{config.num_hidden_layers}."
-        if config.num_nextn_predict_layers and not any(n.startswith(mtp) for n in self.tensors):
-            logger.warning("%s announces an MTP layer and holds none: no drafts will be made", folder)
-            config = replace(config, num_nextn_predict_layers=0)
-        self.config = config
-        self._shapes = expected_tensors(config)
-        self.quantized: dict[str, Scheme] = {}
-        quantization = Quantization.parse(config.quantization_config)
-        for name, shape in self._shapes.items():
-            scheme = quantization.find(name.removesuffix(".weight"), self.tensors) if len(shape) == 2 else None
-            if scheme:
-                self.quantized[name] = scheme
-        self._verify()
-
-    def _verify(self) -> None:
-        """Every tensor is expected, with its shape and dtype, or may be ignored."""
-        expected: Tensors = {}
-        may_be: set[str] = set()
-        for name, shape in self._shapes.items():
-            if scheme := self.quantized.get(name):
-                module = name.removesuffix("weight")
-                expected |= {module + part: found for part, found in scheme.tensors(shape).items()}
-                may_be.add(f"{module}{scheme.order}")
-            else:
-                expected[name] = (shape, FLOATS)
-        missing = [n for n in expected if n not in self.tensors]
-        if missing:
-            raise CheckpointError(f"{self.folder}: {len(missing)} tensors are missing, first {missing[:10]}; get the "
-                                  "folder again or check that config.json belongs to it")  # fmt: skip
-        unexpected = [
-            n for n in self.tensors if n not in expected and n not in may_be and not _is_ignorable(n, self.config)
-        ]
-        if unexpected:
-            raise CheckpointError(f"{self.folder}: {len(unexpected)} tensors are not of this model, first "
-                                  f"{unexpected[:10]}; check that config.json belongs to it")  # fmt: skip
-        for name, (shape, dtypes) in expected.items():
-            info = self.tensors[name]
-            if info.shape != shape:
-                raise CheckpointError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)} from "
-                                      "config.json; check that it belongs to the file")  # fmt: skip
-            if info.dtype not in dtypes:
-                raise CheckpointError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}; "
-                                      "check that config.json's quantization_config belongs to the file")  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """A tensor as stored."""
@@ -171,23 +60,12 @@ class Checkpoint:
         return (w.dequantize() if isinstance(w, QTensor) else w).to(dtype)
 
 
-def _is_ignorable(name: str, config: GLMConfig) -> bool:
-    layer = re.match(r"model\.layers\.(\d+)\.(.*)", name)
-    if layer is None:
-        return name.endswith("rotary_emb.inv_freq")
-    number, rest = int(layer[1]), layer[2]
-    if number == config.num_hidden_layers:
-        return not config.num_nextn_predict_layers or rest in ("embed_tokens.weight", "shared_head.head.weight")
-    is_shared = number < config.num_hidden_layers and number not in config.index_layers
-    return rest.endswith("rotary_emb.inv_freq") or (is_shared and rest.startswith("self_attn.indexer."))
-
-
 def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters by their names in memory, experts stacked; the router's bias stays fp32."""
     config = checkpoint.config
     for name in expected_tensors(config):
         if ".mlp.experts." not in name:
-            yield name, checkpoint.read_as(name, torch.float32 if name.endswith(_BIAS) else dtype)
+            yield name, checkpoint.read_as(name, torch.float32 if name.endswith(ROUTER_BIAS) else dtype)
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         if not config.is_sparse(layer):
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glm52.config import GLMConfig
+from glm52.contents import Contents, account
 from glm52.errors import CheckpointError
 from glm52.headers import INDEX, SINGLE, TensorInfo, read_headers
 from glm52.hub import resolve
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if folder and ((folder / SINGLE).exists() or (folder / INDEX).exists()):
         report["checkpoint"] = describe_checkpoint(folder, config)
     print(json.dumps(report, indent=1) if args.json else render(args.model or "nano", report))
-    return 0
+    return int("does_not_load" in report.get("checkpoint", {}))
 
 
 def _folder(model: str | None) -> Path | None:
@@ -128,34 +129,38 @@ def flops_per_token(config: GLMConfig, context: int) -> dict[str, float]:
 
 
 def describe_checkpoint(folder: Path, config: GLMConfig) -> dict[str, Any]:
-    """Counts and bytes by dtype and of what is quantised, from the headers, all of them checked."""
-    tensors = read_headers(folder)
+    """Counts and bytes by dtype and of what is quantised, from the headers; or why the folder does not load."""
+    report: dict[str, Any] = {"folder": str(folder)}
+    try:
+        tensors = read_headers(folder)
+        report |= _totals(tensors)
+        report["quantized"] = _quantized(account(folder, tensors, config))
+    except CheckpointError as error:
+        report["does_not_load"] = str(error)
+    return report
+
+
+def _totals(tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     by_dtype: Counter[str] = Counter()
     for info in tensors.values():
         by_dtype[info.dtype] += info.num_bytes
     shards = {info.shard for info in tensors.values()}
     return {
-        "folder": str(folder), "tensors": len(tensors), "shards": len(shards), "bytes": sum(by_dtype.values()),
+        "tensors": len(tensors), "shards": len(shards), "bytes": sum(by_dtype.values()),
         "bytes_by_dtype": dict(by_dtype), "bytes_on_disk": sum(s.stat().st_size for s in shards),
-        "quantized": _quantized(tensors, config),
     }  # fmt: skip
 
 
-def _quantized(tensors: dict[str, TensorInfo], config: GLMConfig) -> dict[str, Any]:
-    """Matrices of each kind and their bytes with scales and zeros, or why they do not load."""
-    kinds: Counter[str] = Counter()
-    num_bytes = 0
-    try:
-        quantization = Quantization.parse(config.quantization_config)
-        schemes = {m: quantization.find(m, tensors) for m in {n.rpartition(".")[0] for n in tensors}}
-    except CheckpointError as error:
-        return {"does_not_load": str(error)}
-    for name, info in tensors.items():
-        module, _, part = name.rpartition(".")
-        if scheme := schemes[module]:
-            num_bytes += info.num_bytes
-            kinds[scheme.kind] += part == scheme.marker
-    return {"method": quantization.method, "kinds": dict(kinds), "bytes": num_bytes} if kinds else {}
+def _quantized(contents: Contents) -> dict[str, Any]:
+    """Matrices of each kind, and their bytes with scales and zeros."""
+    if not contents.quantized:
+        return {}
+    modules = {name.removesuffix(".weight") for name in contents.quantized}
+    return {
+        "method": Quantization.parse(contents.config.quantization_config).method,
+        "kinds": dict(Counter(scheme.kind for scheme in contents.quantized.values())),
+        "bytes": sum(t.num_bytes for name, t in contents.tensors.items() if name.rpartition(".")[0] in modules),
+    }
 
 
 def render(name: str, report: dict[str, Any]) -> str:
@@ -189,19 +194,22 @@ def render(name: str, report: dict[str, Any]) -> str:
         f"{'  saved by IndexShare':<26}{flops['index_share_saving']:>23,.2f}x   (matrices + scoring)",
     ]
     if "checkpoint" in report:
-        c = report["checkpoint"]
-        kinds = ", ".join(f"{k} {n:,}" for k, n in c["bytes_by_dtype"].items())
-        lines += [
-            "",
-            f"{c['tensors']} tensors in {c['shards']} file(s), {c['bytes']:,} bytes ({kinds}), headers checked",
-        ]
-        quantized = c["quantized"]
-        if "does_not_load" in quantized:
-            lines.append(f"does not load: {quantized['does_not_load']}")
-        elif quantized:
-            kinds = ", ".join(f"{n} matrices of {kind}" for kind, n in quantized["kinds"].items())
-            lines.append(f"quantised ({quantized['method']}): {kinds}, {quantized['bytes']:,} bytes with their scales")
+        lines += ["", *_render_checkpoint(report["checkpoint"])]
     return "\n".join(lines)
+
+
+def _render_checkpoint(c: dict[str, Any]) -> list[str]:
+    lines = []
+    if "tensors" in c:
+        kinds = ", ".join(f"{k} {n:,}" for k, n in c["bytes_by_dtype"].items())
+        checked = "" if "does_not_load" in c else ", headers checked"
+        lines.append(f"{c['tensors']} tensors in {c['shards']} file(s), {c['bytes']:,} bytes ({kinds}){checked}")
+    if "does_not_load" in c:
+        lines.append(f"does not load: {c['does_not_load']}")
+    elif quantized := c["quantized"]:
+        kinds = ", ".join(f"{n} matrices of {kind}" for kind, n in quantized["kinds"].items())
+        lines.append(f"quantised ({quantized['method']}): {kinds}, {quantized['bytes']:,} bytes with their scales")
+    return lines
 
 
 def _bytes(n: int) -> str:

@@ -14,8 +14,8 @@ FLOORS = (
     {"errors", "ids", "options", "__init__"},
     {"config", "tokenizer", "headers", "hub", "pages"},
     {"quant", "schemes", "cache", "chat", "shards"},
-    {"ops", "layouts", "packing", "tasks", "inspect", "grammar", "launch"},
-    {"model", "checkpoint"},
+    {"ops", "layouts", "packing", "tasks", "contents", "grammar", "launch"},
+    {"model", "checkpoint", "inspect"},
     {"native"},
     {"engine", "load"},
     {"session"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = ("", ".errors", ".options", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".hub", ".pages", ".inspect", ".grammar",
+LIGHT = ("", ".errors", ".options", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".contents", ".hub", ".pages", ".inspect", ".grammar",
          ".tasks", ".launch", ".cli")  # fmt: skip
 
 
