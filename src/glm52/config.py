@@ -6,7 +6,7 @@ silently change the model is an error, and of keys that contradict each other th
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,10 @@ class GLMConfig:
             raise ConfigError(f"{file}: not valid JSON ({error}); fetch the file again") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{file}: expected a JSON object, found {type(data).__name__}")
-        return GLMConfig.from_dict(data)
+        try:
+            return GLMConfig.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
 
     @staticmethod
     def preset(name: str) -> "GLMConfig":
@@ -193,10 +196,10 @@ class GLMConfig:
         eos = data.get("eos_token_id")
         merged["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         values = {f.name: merged[f.name] for f in fields(GLMConfig) if merged.get(f.name) is not None}
-        try:
-            config = GLMConfig(**values)
-        except TypeError as error:
-            raise ConfigError(f"config.json lacks required keys: {error}") from error
+        missing = [f.name for f in fields(GLMConfig) if f.default is MISSING and f.name not in values]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)}: expected, found none; fetch config.json again")
+        config = GLMConfig(**values)
         config._check()
         return config
 
@@ -210,7 +213,8 @@ class GLMConfig:
             elif f.type is bool and not isinstance(value, bool):
                 raise ConfigError(f"{f.name}: expected true or false, found {value!r}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank",
-                     "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_topk",
+                     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size",
+                     "moe_intermediate_size", "index_n_heads", "index_topk",
                      "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")

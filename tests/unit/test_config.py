@@ -77,6 +77,10 @@ def test_the_schedule() -> None:
         ({"num_hidden_layers": "78"}, "num_hidden_layers"),
         ({"hidden_size": ...}, "hidden_size"),
         ({"hidden_size": 0}, "hidden_size"),
+        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim: expected at least 1"),
+        ({"intermediate_size": 0}, "intermediate_size: expected at least 1"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size: expected at least 1"),
+        ({"vocab_size": ..., "q_lora_rank": None}, "^vocab_size, q_lora_rank: expected, found none"),
         ({"num_experts_per_tok": 300}, "num_experts_per_tok"),
         ({"n_group": 8}, "n_group"),
         ({"index_head_dim": 32}, "qk_rope_head_dim"),
@@ -140,6 +144,9 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
         GLMConfig.read(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="object"):
+        GLMConfig.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(official(n_group=8)))
+    with pytest.raises(ConfigError, match=r"^/.*/config\.json: n_group"):
         GLMConfig.read(tmp_path)
     with pytest.raises(ConfigError, match=r"glm-5\.2"):
         GLMConfig.preset("glm-9")
