@@ -45,7 +45,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
-    weight_map = _weight_map(folder / INDEX)
+    weight_map = read_index(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in (".", ".."):
@@ -66,7 +66,9 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as a folder's index says."""
+    path = folder / INDEX
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

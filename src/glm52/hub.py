@@ -6,11 +6,13 @@ from pathlib import Path
 from glm52.errors import ConfigError
 
 NANO = Path(__file__).parent / "nano"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+_WEIGHTS = "*.safetensors"
+_FILES = ["*.json", "*.jinja", "*.txt"]
 
 
-def resolve(model: str | None) -> Path:
-    """The folder of a model. None or ``nano``: the shipped one; ``owner/name``: fetched, resuming what is there."""
+def resolve(model: str | None, *, weights: bool = True) -> Path:
+    """The folder of a model. None or ``nano``: the shipped one; ``owner/name``: fetched, resuming what is there.
+    weights: whether a repository's are needed, hundreds of GB beside some 20 MB of other files."""
     if model is None or model == "nano":
         if not (NANO / "model.safetensors").is_file():
             raise ConfigError(
@@ -29,7 +31,7 @@ def resolve(model: str | None) -> Path:
         raise ConfigError(f"{path}: expected a model folder, found a file; name the folder that holds it")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise _no_name(model)
-    return _fetch(model)
+    return _fetch(model, [*_FILES, *([_WEIGHTS] if weights else [])])
 
 
 def name_of(folder: Path) -> str:
@@ -42,12 +44,12 @@ def _no_name(model: str) -> ConfigError:
     return ConfigError(f"{model}: no such folder, and not a repository name of the form owner/name")
 
 
-def _fetch(repository: str) -> Path:
+def _fetch(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_FILES))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except HFValidationError as error:
         raise _no_name(repository) from error
     except HfHubHTTPError as error:

@@ -1,4 +1,5 @@
-"""``glm52 inspect``: what a configuration or checkpoint is, weighs and costs. Reads headers only, and no torch."""
+"""``glm52 inspect``: what a configuration or checkpoint is, weighs and costs. Reads
+headers only, fetches no weights and imports no torch."""
 
 import argparse
 import json
@@ -9,7 +10,7 @@ from typing import Any
 from glm52.config import GLMConfig
 from glm52.contents import Contents, account
 from glm52.errors import CheckpointError
-from glm52.headers import INDEX, SINGLE, TensorInfo, read_headers
+from glm52.headers import INDEX, TensorInfo, read_headers, read_index
 from glm52.hub import resolve
 from glm52.options import integer
 from glm52.schemes import Quantization
@@ -29,8 +30,10 @@ def run(args: argparse.Namespace) -> int:
     folder = _folder(args.model)
     config = GLMConfig.read(folder) if folder else GLMConfig.preset(args.model)
     report = describe(config, args.context or config.max_position_embeddings)
-    if folder and ((folder / SINGLE).exists() or (folder / INDEX).exists()):
+    if folder and any(folder.glob("*.safetensors")):
         report["checkpoint"] = describe_checkpoint(folder, config)
+    elif folder and (folder / INDEX).exists():
+        report["index"] = {"tensors": len(shards := read_index(folder)), "shards": len(set(shards.values()))}
     print(json.dumps(report, indent=1) if args.json else render(args.model or "nano", report))
     return int("does_not_load" in report.get("checkpoint", {}))
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def _folder(model: str | None) -> Path | None:
     """The model's folder, or None if the name is a preset's."""
     is_name = model is not None and "/" not in model and model != "nano" and not Path(model).exists()
-    return None if is_name else resolve(model)
+    return None if is_name else resolve(model, weights=False)
 
 
 def describe(config: GLMConfig, context: int) -> dict[str, Any]:
@@ -195,6 +198,9 @@ def render(name: str, report: dict[str, Any]) -> str:
     ]
     if "checkpoint" in report:
         lines += ["", *_render_checkpoint(report["checkpoint"])]
+    if "index" in report:
+        lines += ["", "{tensors} tensors in {shards} file(s), says the index; the weights are not here"
+                  .format(**report["index"])]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import NANO
 from glm52.server.service import Service
-from glm52.server.upstream import Upstream
+from glm52.server.upstream import Upstream, meet
 from glm52.session import Session
 from tests.scripted import END_THINK, TOKENIZER
 from tests.serving import PATHS, TEMPLATE, WEATHER, ask, running, schema_fields
@@ -133,8 +133,7 @@ class Fake:
 
 
 def gateway(url: str, **options: Any) -> Service:
-    upstream = Upstream(url, TOKENIZER, GLMConfig.read(NANO), **options)
-    upstream.meet()
+    upstream = Upstream(meet(url), TOKENIZER, GLMConfig.read(NANO), **options)
     return Service(upstream, TOKENIZER, TEMPLATE, name="nano", context_length=upstream.context_length, defaults={})
 
 
@@ -391,8 +390,9 @@ def own() -> Iterator[tuple[str, str]]:
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RequestError, match=r"no server answers at http://127\.0\.0\.1:9"):
-        Upstream("http://127.0.0.1:9/v1", TOKENIZER, GLMConfig.read(NANO)).meet()
+        meet("http://127.0.0.1:9/v1")
     for args, words in ((["nano", "--upstream", "http://127.0.0.1:9"], "no server answers"),
+                        (["owner/of-what-is-not-fetched", "--upstream", "http://127.0.0.1:9"], "no server answers"),
                         (["--upstream", "http://127.0.0.1:9"], "name the MODEL"),
                         (["nano", "--upstream", "http://127.0.0.1:9", "--drafts", "2"], "--drafts")):  # fmt: skip
         assert cli.main(["serve", "--port", "0", *args]) == 2

@@ -18,7 +18,7 @@ from glm52.server import foreign
 from glm52.server.connections import Server
 from glm52.server.limits import Keys, Limits
 from glm52.server.service import Options, Service
-from glm52.server.upstream import Upstream
+from glm52.server.upstream import Upstream, meet
 from glm52.session import PREFIX_CACHE_BYTES, Session, add_format_argument, generation_defaults
 from glm52.tokenizer import Tokenizer
 
@@ -138,10 +138,10 @@ def _gateway(args: argparse.Namespace, options: Options) -> Service:
         if value not in (None, "auto"):
             raise RequestError(f"{flag}: the server at {args.upstream} computes, so this is for it to say")
     key = None if args.upstream_key is None else _sendable(args.upstream_key, "--upstream-key")
-    folder = resolve(args.model)
+    host = meet(args.upstream, key)
+    folder = resolve(args.model, weights=False)
     tokenizer = Tokenizer.read(folder)
-    upstream = Upstream(args.upstream, tokenizer, GLMConfig.read(folder), key=key)
-    upstream.meet()
+    upstream = Upstream(host, tokenizer, GLMConfig.read(folder))
     name, *aliases = _names(args, upstream.model or name_of(folder))
     return Service(
         upstream, tokenizer, ChatTemplate.read(folder), name=name, aliases=aliases, options=options,

@@ -49,33 +49,44 @@ class Piece:
     logprobs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
 
-class Upstream:
-    """url: where the server is, with or without ``/v1``. stall_s: how long it may say nothing."""
+@dataclass(frozen=True)
+class Host:
+    """A server that answers. window: None where it tells none."""
 
-    def __init__(
-        self, url: str, tokenizer: Tokenizer, config: GLMConfig, *, key: str | None = None, stall_s: float = _STALL_S
-    ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+    url: str
+    headers: dict[str, str]
+    model: str
+    window: int | None
+    is_llama: bool
+
+
+def meet(url: str, key: str | None = None) -> Host:
+    """Ask who is there: its model, its window, which protocol it speaks. RequestError if nobody answers. url: with or
+    without ``/v1``."""
+    url, headers = url.rstrip("/").removesuffix("/v1"), {"authorization": f"Bearer {key}"} if key else {}
+    with _named(url), httpx.Client(headers=headers, timeout=_CONNECT_S) as client:
+        reply = client.get(f"{url}/v1/models")
+        _check_status(reply.status_code, reply.text)
+        models = reply.json().get("data") or [{}]
+        is_llama = models[0].get("owned_by") == "llamacpp"
+        window = models[0].get("max_model_len")
+        if is_llama:
+            window = client.get(f"{url}/props").json().get("default_generation_settings", {}).get("n_ctx")
+        return Host(url, headers, models[0].get("id", ""), int(window) if window else None, is_llama)
+
+
+class Upstream:
+    """stall_s: how long the server may say nothing."""
+
+    def __init__(self, host: Host, tokenizer: Tokenizer, config: GLMConfig, *, stall_s: float = _STALL_S) -> None:
+        self.url, self._headers, self.model, self.is_llama = host.url, host.headers, host.model, host.is_llama
         self._tokenizer, self._marks = tokenizer, Marks.of(tokenizer)
         self._eos, self._vocab_size = frozenset(config.eos_token_id), config.vocab_size
         self._matchers = Matchers(tokenizer, config.vocab_size, self._eos)
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = httpx.Timeout(stall_s, connect=_CONNECT_S)
-        self.model, self.context_length, self.is_llama = "", config.max_position_embeddings, False
+        self.context_length = min(config.max_position_embeddings, host.window or config.max_position_embeddings)
         self._looking, self._looked_at = asyncio.Lock(), -math.inf
         self._trouble: str | None = None
-
-    def meet(self) -> None:
-        """Ask who is there: its model, its window, which protocol it speaks. RequestError if nobody answers."""
-        with _named(self.url), httpx.Client(headers=self._headers, timeout=_CONNECT_S) as client:
-            reply = client.get(f"{self.url}/v1/models")
-            _check_status(reply.status_code, reply.text)
-            models = reply.json().get("data") or [{}]
-            self.model, self.is_llama = models[0].get("id", ""), models[0].get("owned_by") == "llamacpp"
-            window = models[0].get("max_model_len")
-            if self.is_llama:
-                window = client.get(f"{self.url}/props").json().get("default_generation_settings", {}).get("n_ctx")
-        self.context_length = min(self.context_length, window or self.context_length)
 
     async def trouble(self) -> str | None:
         """Why the server cannot be asked now, by the code of the error, if that is so."""
