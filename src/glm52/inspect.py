@@ -3,6 +3,7 @@ headers only, fetches no weights and imports no torch."""
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from glm52.hub import resolve
 from glm52.options import integer
 from glm52.schemes import Quantization
 
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
+_FLOP = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = _folder(args.model)
     config = GLMConfig.read(folder) if folder else GLMConfig.preset(args.model)
-    report = describe(config, args.context or config.max_position_embeddings)
+    longest = config.max_position_embeddings
+    if args.context is not None and args.context > longest:
+        print(f"glm52 inspect: --context: the model's longest is {longest:,}; the figures hold, its replies would not",
+              file=sys.stderr)  # fmt: skip
+    report = describe(config, args.context or longest)
     if folder and any(folder.glob("*.safetensors")):
         report["checkpoint"] = describe_checkpoint(folder, config)
     elif folder and (folder / INDEX).exists():
@@ -167,7 +173,7 @@ def _quantized(contents: Contents) -> dict[str, Any]:
 
 
 def render(name: str, report: dict[str, Any]) -> str:
-    """The report for people: aligned, bytes exact and in GiB."""
+    """The report for people: aligned, bytes exact and in GiB or MiB."""
     layers, parameters, flops = report["layers"], report["parameters"], report["flops_per_token"]
     cache, context = report["cache_bytes_per_token"], report["context"]
     lines = [
@@ -187,13 +193,14 @@ def render(name: str, report: dict[str, Any]) -> str:
             f"{parts['index_keys']:,} index keys  (+{parts['mtp_layer']:,} for the MTP layer)",
             f"{f'  at {context:,} tokens':<26}{_bytes(parts['total'] * context)}",
         ]
+    unit, size = next(((u, s) for u, s in _FLOP if flops["matrices"] >= s), _FLOP[-1])
     lines += [
         "",
         f"FLOPs per token at a context of {context:,}",
-        f"{'  matrices':<26}{flops['matrices'] / 1e9:>24,.1f}   GFLOP",
-        f"{'  index scoring':<26}{flops['scoring'] / 1e9:>24,.1f}   GFLOP   "
-        f"({flops['scoring_without_sharing'] / 1e9:,.1f} if every layer scored)",
-        f"{'  sparse attention':<26}{flops['attention'] / 1e9:>24,.1f}   GFLOP",
+        f"{'  matrices':<26}{flops['matrices'] / size:>24,.1f}   {unit}",
+        f"{'  index scoring':<26}{flops['scoring'] / size:>24,.1f}   {unit}   "
+        f"({flops['scoring_without_sharing'] / size:,.1f} if every layer scored)",
+        f"{'  sparse attention':<26}{flops['attention'] / size:>24,.1f}   {unit}",
         f"{'  saved by IndexShare':<26}{flops['index_share_saving']:>23,.2f}x   (matrices + scoring)",
     ]
     if "checkpoint" in report:
@@ -219,4 +226,4 @@ def _render_checkpoint(c: dict[str, Any]) -> list[str]:
 
 
 def _bytes(n: int) -> str:
-    return f"{n:>24,}   bytes = {n / _GIB:,.2f} GiB"
+    return f"{n:>24,}   bytes = " + (f"{n / _GIB:,.2f} GiB" if n >= _GIB else f"{n / _MIB:,.2f} MiB")

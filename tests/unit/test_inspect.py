@@ -58,6 +58,16 @@ def test_what_does_not_load_is_said(
     assert str(caught.value).count("model.layers.") <= 3
 
 
+def test_units_fit_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """The small model had 0.0 GFLOP and 0.01 GiB. A context that no model has was described without a word."""
+    code, out, err = inspect(capsys)
+    assert code == 0 and not err
+    assert "9.2   MFLOP" in out and "19,752,384   bytes = 18.84 MiB" in out and "GiB" not in out
+    code, out, err = inspect(capsys, "nano", "--context", "1000000")
+    assert code == 0 and "bytes = 1.91 GiB" in out
+    assert "--context: the model's longest is 8,192" in err and err.count("\n") == 1
+
+
 def test_a_damaged_file_is_described_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny(tmp_path)
     file = tmp_path / "model.safetensors"
