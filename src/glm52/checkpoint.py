@@ -32,7 +32,7 @@ class Checkpoint:
     def __init__(self, folder: Path, config: GLMConfig) -> None:
         contents = account(folder, read_headers(folder), config)
         self.folder, self.config, self.tensors = folder, contents.config, contents.tensors
-        self.quantized, self._shapes = contents.quantized, contents.shapes
+        self.quantized, self.shapes = contents.quantized, contents.shapes
         self._open: dict[Path, safe_open] = {}
 
     def read(self, name: str) -> Tensor:
@@ -51,7 +51,7 @@ class Checkpoint:
         scheme = self.quantized.get(name)
         if scheme is None:
             return self.read(name)
-        return read_matrix(scheme, name.removesuffix(".weight"), self._shapes[name],
+        return read_matrix(scheme, name.removesuffix(".weight"), self.shapes[name],
                            lambda n: self.read(n) if n in self.tensors else None)  # fmt: skip
 
     def read_as(self, name: str, dtype: torch.dtype) -> Tensor:

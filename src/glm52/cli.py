@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if level == "DEBUG":
             raise
         name = f"glm52 {named}" if named in _COMMANDS else "glm52"
-        print(f"{name}: {str(error) or 'there is not enough memory'}", file=sys.stderr)
+        print(f"{name}: {'memory ran out' if isinstance(error, MemoryError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

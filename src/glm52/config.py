@@ -157,15 +157,16 @@ class GLMConfig:
     def row_bytes(self, fmt: str) -> tuple[int, int]:
         """Cache bytes of one token in one layer: its row, and its index key where the layer owns an indexer.
 
-        fmt ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per CACHE_GROUP values and bf16 rotated key; E4M3 index
-        key with one fp32 scale. Source: the FlashMLA README.
+        fmt ``f32``, ``bf16``, or ``fp8``: E4M3 latent with an fp32 scale per CACHE_GROUP values and bf16 rotated key;
+        E4M3 index key with one fp32 scale. Source: the FlashMLA README.
         """
-        if fmt == "bf16":
-            return 2 * self.row_width, 2 * self.index_head_dim
+        if fmt in ("f32", "bf16"):
+            size = 4 if fmt == "f32" else 2
+            return size * self.row_width, size * self.index_head_dim
         if fmt == "fp8":
             scales = -(-self.kv_lora_rank // CACHE_GROUP)
             return self.kv_lora_rank + 4 * scales + 2 * self.qk_rope_head_dim, self.index_head_dim + 4
-        raise ValueError(f"fmt: expected bf16 or fp8, found {fmt!r}")
+        raise ValueError(f"fmt: expected f32, bf16 or fp8, found {fmt!r}")
 
     def cache_bytes(self, fmt: str) -> int:
         """Cache bytes of one token over the main stack: rows of every layer, index keys of the full ones."""

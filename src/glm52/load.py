@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 
-from glm52 import ops
+from glm52 import memory, ops
 from glm52.cache import CacheFormat
 from glm52.checkpoint import Checkpoint, read_parameters, write_checkpoint
 from glm52.config import DTYPES, GLMConfig
 from glm52.errors import ConfigError
+from glm52.hub import name_of
 from glm52.model import GLM
 from glm52.native import NativeGLM
+from glm52.packing import packed_bytes
 from glm52.quant import WeightFormat
 
 # Below this size a model is computed in f32 unless told otherwise: it costs little and rounds less.
@@ -25,7 +27,10 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> GLM:
     Every tensor is accounted for and every parameter filled, or CheckpointError lists what is not. Quantised weights
     are dequantized. A checkpoint without the MTP layer its configuration announces loads without it.
     """
-    checkpoint = Checkpoint(folder, GLMConfig.read(folder))
+    return _reference(Checkpoint(folder, GLMConfig.read(folder)), dtype)
+
+
+def _reference(checkpoint: Checkpoint, dtype: torch.dtype | None) -> GLM:
     config = replace(checkpoint.config, quantization_config=None)
     dtype = dtype or _DTYPES[config.dtype]
     with torch.device("meta"):
@@ -37,19 +42,34 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> GLM:
     return model.requires_grad_(False).eval()
 
 
-def load_for_inference(folder: Path, fmt: WeightFormat | None = None, cache: CacheFormat = "auto") -> GLM | NativeGLM:
+def load_for_inference(
+    folder: Path, fmt: WeightFormat | None = None, cache: CacheFormat = "auto", *, num_rows: int = 0
+) -> GLM | NativeGLM:
     """Read a folder for generation: packed for the native kernels where there are any, else the reference model.
 
     fmt None: as it is stored, if it is quantised; else f32 for a small model and bf16 for others. ConfigError if a
-    quantised format is asked for without kernels, since the reference holds none.
+    quantised format is asked for without kernels, since the reference holds none. num_rows: of the cache that will be
+    asked for; PlanError if weights and cache are more than this machine can hold.
     """
-    if ops.backend() != "reference":
-        checkpoint = Checkpoint(folder, GLMConfig.read(folder))
-        return NativeGLM(checkpoint, fmt or (None if checkpoint.quantized else _unquantized(folder)), cache=cache)
-    if fmt not in (None, "f32", "bf16"):
+    checkpoint, is_native = Checkpoint(folder, GLMConfig.read(folder)), ops.backend() != "reference"
+    if not is_native and fmt not in (None, "f32", "bf16"):
         raise ConfigError(f"--format {fmt}: expected f32 or bf16 without the native kernels; install a C++ compiler "
                           "and glm52 again for the others")  # fmt: skip
-    model = load(folder, dtype=_DTYPES["float32" if (fmt or _unquantized(folder)) == "f32" else "bfloat16"])
+    if fmt is None and not (is_native and checkpoint.quantized):
+        fmt = _unquantized(folder)
+    own = "f32" if fmt == "f32" else "bf16"
+    config, row_format = checkpoint.config, own if cache == "auto" else cache
+    row = config.cache_bytes(row_format) + config.num_nextn_predict_layers * sum(config.row_bytes(row_format))
+    if is_native:
+        weights = packed_bytes(checkpoint.shapes, checkpoint.quantized, fmt)
+    else:
+        weights = config.num_parameters() * (4 if fmt == "f32" else 2)
+    name, files = name_of(folder), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    memory.require(name, weights, row, num_rows, mapped=files)
+    with memory.running_out(name):
+        if is_native:
+            return NativeGLM(checkpoint, fmt, cache=cache)
+        model = _reference(checkpoint, torch.float32 if fmt == "f32" else torch.bfloat16)
     model.cache_format = cache
     return model
 

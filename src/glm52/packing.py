@@ -4,7 +4,8 @@ A matrix that is stored in the format asked for is packed as it is: its own valu
 multiply. Any other is dequantized, and quantised as that format says.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from types import ModuleType
 from typing import Any, Protocol
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from glm52.config import GLMConfig
 from glm52.errors import CheckpointError
-from glm52.quant import QTensor, WeightFormat, quantize
+from glm52.quant import GROUPS, QTensor, WeightFormat, quantize
+from glm52.schemes import Scheme, Shape
 
 _PANEL = 16  # rows of a panel; see csrc/matrix.h
+_FLOATS = ("mlp.gate.weight", "indexer.weights_proj.weight")  # fp32 in every format
+_SOFT = ("lm_head.weight", "eh_proj.weight", "kv_b_proj.weight")  # kept finer than the format
 
 
 class Weights(Protocol):
@@ -124,6 +128,35 @@ class Packer:
         """Matrices one below the other, neighbours of a kind as one."""
         held = [hold(self._read(f"{name}.weight"), self._format) for name in names]
         return [pack_held(self._extension, list(alike)) for _, alike in groupby(held, _kind)]
+
+
+def packed_bytes(shapes: Mapping[str, Shape], stored: Mapping[str, Scheme], fmt: WeightFormat | None) -> int:
+    """Bytes of a whole model as a ``Packer`` leaves it, but for rows that fill up panels. shapes: of every weight;
+    stored: how quantised ones are."""
+    total, drafts = 0, any(name.endswith("eh_proj.weight") for name in shapes)
+    for name, shape in shapes.items():
+        count, scheme = math.prod(shape), stored.get(name)
+        if len(shape) == 1 or name.endswith(_FLOATS):
+            total += 4 * count
+        elif name.endswith("embed_tokens.weight"):
+            total += (4 if fmt == "f32" else 2) * count
+        else:
+            kept: str = fmt or (scheme.format if scheme else "bf16")
+            is_stored = scheme is not None and scheme.format == kept
+            if name.endswith(_SOFT) and fmt and not is_stored:
+                kept = soft_format(fmt)
+            total += _matrix_bytes(shape, kept, scheme if is_stored else None)
+            if name == "lm_head.weight" and drafts and kept != "int8":
+                total += _matrix_bytes(shape, "int8", None)
+    return total
+
+
+def _matrix_bytes(shape: Shape, fmt: str, stored: Scheme | None) -> int:
+    """Values, and where there are groups their fp32 scales and zeros of a byte."""
+    rows, columns = shape
+    group = (stored.group or columns) if stored else GROUPS.get(fmt)
+    scales = 0 if group is None else rows * -(-columns // group) * (5 if stored and stored.zeros else 4)
+    return rows * columns * {"f32": 32, "bf16": 16, "int4": 4}.get(fmt, 8) // 8 + scales
 
 
 def soft_format(fmt: WeightFormat) -> WeightFormat:

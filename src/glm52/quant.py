@@ -16,7 +16,7 @@ from torch import Tensor
 
 WeightFormat = Literal["f32", "bf16", "int8", "int4", "fp8"]
 BLOCK = 128
-_GROUPS = {"int8": 128, "int4": 64, "fp8": BLOCK}
+GROUPS = {"int8": 128, "int4": 64, "fp8": BLOCK}
 _MAX = 448.0  # the largest finite E4M3
 
 
@@ -59,9 +59,9 @@ class QTensor:
 
 def quantize(w_NK: Tensor, fmt: WeightFormat) -> QTensor:
     """Round a matrix to ``int8``, ``int4`` or ``fp8``; see the module's table for the error."""
-    if fmt not in _GROUPS:
-        raise ValueError(f"format: expected one of {', '.join(_GROUPS)}, found {fmt}")
-    group, (rows, columns) = _GROUPS[fmt], w_NK.shape
+    if fmt not in GROUPS:
+        raise ValueError(f"format: expected one of {', '.join(GROUPS)}, found {fmt}")
+    group, (rows, columns) = GROUPS[fmt], w_NK.shape
     if fmt == "fp8":
         data, scale = quantize_fp8(w_NK)
         return QTensor(data, scale.repeat_interleave(BLOCK, 0)[:rows].contiguous(), fmt, group)

@@ -3,13 +3,12 @@
 
 import hashlib
 import json
-import os
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from glm52 import __version__, ops
+from glm52 import __version__, memory, ops
 from glm52.cache import CacheFormat
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
@@ -22,6 +21,7 @@ from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
 
 PREFIX_CACHE_BYTES = 10_000_000_000
+MOST_ROWS = 32_768  # of the cache, unless more are asked for
 
 
 def add_format_argument(parser: ArgumentParser) -> None:
@@ -57,25 +57,23 @@ class Session:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> "Session":
         """Load a folder. fmt, cache: see ``load_for_inference``. context: cache rows for all sequences together
-        (default: the model's longest context, at most 32,768). num_drafts None: with an MTP layer up to 3, as many as
-        pay. prefix_cache: where pages of the cache outlive the process."""
+        (default: the model's longest context, at most MOST_ROWS); PlanError if they and the weights do not fit this
+        machine. num_drafts None: with an MTP layer up to 3, as many as pay. prefix_cache: where pages of the cache
+        outlive the process."""
         config = GLMConfig.read(folder)
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        most = memory // config.cache_bytes("fp8")
-        if context is not None and not 64 <= context <= most:
-            raise RequestError(f"--context: expected 64 to {most} rows of the cache, more than which this machine's "
-                               f"{memory / 1e9:.0f} GB cannot hold, found {context}")  # fmt: skip
-        model = load_for_inference(folder, fmt, cache)
-        engine = Engine(
-            model,
-            num_rows=context or min(config.max_position_embeddings, 32_768),
-            max_seqs=max_seqs,
-            max_batch_tokens=max_batch_tokens,
-            num_drafts=(3 if model.mtp else 0) if num_drafts is None else num_drafts,
-            adaptive=num_drafts is None,
-            tokenizer=tokenizer,
-        )
+        rows = min(config.max_position_embeddings, MOST_ROWS) if context is None else context
+        model = load_for_inference(folder, fmt, cache, num_rows=rows)
+        with memory.running_out(name_of(folder)):
+            engine = Engine(
+                model,
+                num_rows=rows,
+                max_seqs=max_seqs,
+                max_batch_tokens=max_batch_tokens,
+                num_drafts=(3 if model.mtp else 0) if num_drafts is None else num_drafts,
+                adaptive=num_drafts is None,
+                tokenizer=tokenizer,
+            )
         if prefix_cache is not None:
             engine.store = Store(
                 prefix_cache, engine.cache.pools(), engine.pages.page_size,

@@ -12,7 +12,7 @@ import glm52
 ROOT = Path(glm52.__file__).parent
 FLOORS = (
     {"errors", "ids", "options", "__init__"},
-    {"config", "tokenizer", "headers", "hub", "pages"},
+    {"config", "tokenizer", "headers", "hub", "pages", "memory"},
     {"quant", "schemes", "cache", "chat", "shards"},
     {"ops", "layouts", "packing", "tasks", "contents", "grammar", "launch"},
     {"model", "checkpoint", "inspect"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = ("", ".errors", ".options", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".contents", ".hub", ".pages", ".inspect", ".grammar",
+LIGHT = ("", ".errors", ".options", ".config", ".tokenizer", ".chat", ".headers", ".schemes", ".contents", ".hub", ".pages", ".memory", ".inspect", ".grammar",
          ".tasks", ".launch", ".cli")  # fmt: skip
 
 
