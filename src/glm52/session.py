@@ -17,11 +17,17 @@ from glm52.engine.store import Store
 from glm52.errors import CheckpointError, RequestError
 from glm52.hub import name_of
 from glm52.load import load_for_inference
+from glm52.options import integer
 from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
 
 PREFIX_CACHE_BYTES = 10_000_000_000
 MOST_ROWS = 32_768  # of the cache, unless more are asked for
+
+
+def add_context_argument(parser: ArgumentParser, *names: str) -> None:
+    parser.add_argument("--context", *names, type=integer(64), help="cache rows, shared by all requests "
+                        f"(default: the model's longest context, at most {MOST_ROWS:,})")  # fmt: skip
 
 
 def add_format_argument(parser: ArgumentParser) -> None:

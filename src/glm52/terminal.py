@@ -28,7 +28,7 @@ from glm52.engine import Repetition, SamplingParams
 from glm52.errors import GLMError, RequestError
 from glm52.hub import resolve
 from glm52.options import integer, number
-from glm52.session import Session, add_format_argument
+from glm52.session import Session, add_context_argument, add_format_argument
 
 HELP = """\
 /think on|off       think before answering, or not
@@ -58,13 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--drafts", type=integer(0, 5),
                         help="tokens drafted per step, 0 to 5 (default: up to 3, as many as pay)")  # fmt: skip
+    add_context_argument(parser)
     add_format_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.think == "off" and args.effort:
         raise RequestError("--effort: expected thinking to be on; leave out --think off")
-    session = Session.open(resolve(args.model), fmt=args.format, num_drafts=args.drafts,
+    session = Session.open(resolve(args.model), fmt=args.format, context=args.context, num_drafts=args.drafts,
                            cache=args.kv_cache_dtype)  # fmt: skip
     chat = Chat(session, args, sys.stdout, aside=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.prompt is not None:

@@ -186,6 +186,12 @@ def test_a_conversation_through_pipes(tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout and "never" not in done.stdout
 
 
+def test_rows_of_the_cache_bound_a_conversation(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    done = glm52("chat", str(tmp_path), "--context", "64", "--prompt", "word " * 100)
+    assert "maximum context length is 64" in done.stdout + done.stderr
+
+
 def test_one_prompt_and_too_long_a_prompt(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     done = glm52("chat", str(tmp_path), "--max-tokens", "4", "--prompt", "Hi")

@@ -19,7 +19,7 @@ from glm52.server.connections import Server
 from glm52.server.limits import Keys, Limits
 from glm52.server.service import Options, Service
 from glm52.server.upstream import Upstream, meet
-from glm52.session import PREFIX_CACHE_BYTES, Session, add_format_argument, generation_defaults
+from glm52.session import PREFIX_CACHE_BYTES, Session, add_context_argument, add_format_argument, generation_defaults
 from glm52.tokenizer import Tokenizer
 
 STREAM_EVERY_MS = 33.0  # thirty pictures a second
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", default=[], metavar="KEY",
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
     add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
-    add("--context", "--max-model-len", type=integer(64), help="cache rows shared by all requests")
+    add_context_argument(parser, "--max-model-len")
     add("--prefix-cache", type=some_path, metavar="DIR",
         help="keep pages of the cache here, so that they outlive restarts")  # fmt: skip
     add("--prefix-cache-size", type=integer(1, 1 << 62), metavar="BYTES",
