@@ -21,7 +21,7 @@ from glm52.engine import AsyncEngine
 from glm52.errors import RequestError
 from glm52.hub import NANO
 from glm52.server.service import Service
-from glm52.server.upstream import Upstream, meet
+from glm52.server.upstream import Host, Upstream, meet
 from glm52.session import Session
 from tests.scripted import END_THINK, TOKENIZER
 from tests.serving import PATHS, TEMPLATE, WEATHER, ask, running, schema_fields
@@ -218,7 +218,8 @@ def test_health_is_that_of_upstream() -> None:
 def gateway_to_nobody() -> Service:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    upstream = Upstream(url, TOKENIZER, GLMConfig.read(NANO))
+    gone = Host(url, headers={}, model="", window=None, is_llama=False)
+    upstream = Upstream(gone, TOKENIZER, GLMConfig.read(NANO))
     return Service(upstream, TOKENIZER, TEMPLATE, name="nano", context_length=512, defaults={})
 
 

@@ -31,7 +31,7 @@ from glm52.engine import SamplingParams
 from glm52.hub import NANO
 from glm52.server.app import create_app
 from glm52.server.service import Backend, Service
-from glm52.server.upstream import Upstream
+from glm52.server.upstream import Upstream, meet
 
 _WINDOW, _SMALL_WINDOW = 1 << 20, 4096
 _STALL_S = 1.0  # how long a gateway waits for what comes next
@@ -153,9 +153,7 @@ def _gateway_to(script: Script) -> Iterator[Upstream]:
     logger.addFilter(_is_unplanned)
     try:
         with served(Faulty(script).app) as url:
-            upstream = Upstream(url, script.tokenizer, config, stall_s=_STALL_S)
-            upstream.meet()
-            yield upstream
+            yield Upstream(meet(url), script.tokenizer, config, stall_s=_STALL_S)
     finally:
         logger.removeFilter(_is_unplanned)
 
