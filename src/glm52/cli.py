@@ -70,7 +70,10 @@ def _run(argv: list[str], named: str | None, level: str) -> int:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == named:
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        prog = " ".join(filter(None, ("glm52", args.command)))
+        raise RequestError(f"unrecognized arguments: {' '.join(unknown)}; see {prog} --help")
     if args.command is None:
         parser.print_help()
         return 0

@@ -81,6 +81,8 @@ def _levels(text: str) -> dict[str, tuple[str, int | None]]:
                 f"{name}: expected a level from 0 to {TASKS[name].levels - 1}, found {level}"
             )
         out[item] = name, int(level) if level else None
+    if not out:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(TASKS)}, found none")
     return out
 
 

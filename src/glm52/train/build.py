@@ -23,6 +23,7 @@ from tqdm import tqdm
 from glm52 import tasks
 from glm52.chat import ChatTemplate, Thinking
 from glm52.errors import ConfigError
+from glm52.hub import NANO, resolve
 from glm52.options import integer, number, some_path
 from glm52.shards import MANIFEST, read_manifest, write_bucket
 from glm52.tasks.base import Bucket, Example
@@ -56,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser("build", help="write token shards")
     build.add_argument("--tokens", type=number(1, 1e12), default=22e6, help="tokens to aim at (default: 22e6)")
-    build.add_argument("--model", type=some_path, default=None, help="folder with tokenizer.json and chat template")
+    build.add_argument("--model", help="folder with tokenizer.json and chat template, or hub name "
+                       "(default: the small model that is shipped)")  # fmt: skip
     build.add_argument("--only", type=_buckets, default=None, help="comma-separated buckets to build again")
     train = actions.add_parser("tokenizer", help="train the byte-level BPE tokenizer")
     train.add_argument("--vocab-size", type=integer(256 + len(SPECIAL_TOKENS), 1 << 16), default=4096)
@@ -77,14 +79,20 @@ def _buckets(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    folder = _folder(args.model) if args.action == "build" else None
     args.out.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(args.sources, args.seed)
-    if args.action == "tokenizer":
+    if folder is None:
         train_tokenizer(args.out, corpus, args.vocab_size, args.seed)
     else:
-        folder = args.model or Path(__file__).parent.parent / "nano"
         build_shards(args.out, corpus, folder, int(args.tokens), args.only, args.seed)
     return 0
+
+
+def _folder(model: str | None) -> Path:
+    """A model by its name, or any folder: what ``glm52 data tokenizer`` writes has no config.json."""
+    is_folder = model not in (None, "", "nano") and Path(str(model)).is_dir()
+    return Path(str(model)) if is_folder else resolve(model, weights=False)
 
 
 def train_tokenizer(out: Path, corpus: Corpus, vocab_size: int, seed: int, sample_chars: int = 16_000_000) -> None:
@@ -92,7 +100,7 @@ def train_tokenizer(out: Path, corpus: Corpus, vocab_size: int, seed: int, sampl
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
-    template = ChatTemplate.read(Path(__file__).parent.parent / "nano")
+    template = ChatTemplate.read(NANO)
     backend = Backend(models.BPE(ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

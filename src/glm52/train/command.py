@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
 def read_recipe(path: Path) -> Recipe:
     """Call ``recipe()`` of a Python file."""
     if not path.is_file():
-        raise ConfigError(f"recipe: expected a Python file, found nothing at {path}")
+        found = "a folder" if path.is_dir() else "nothing"
+        raise ConfigError(f"recipe: expected a Python file, found {found} at {path}")
     try:
         make = runpy.run_path(str(path)).get("recipe")
         recipe = make() if callable(make) else None
