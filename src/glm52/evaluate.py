@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=integer(0), default=0, help="print this many replies of each task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--context", type=integer(64), default=65_536,
+                        help="cache rows, shared by what runs together (default: 65,536)")  # fmt: skip
     add_format_argument(parser)
     parser.add_argument("--json", type=some_path, help="write the results here too")
 
@@ -90,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     shards = Shards(args.text, "--text") if args.text else None
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ConfigError(f"--json: expected a file in a folder that is there, found {args.json}")
-    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024, context=65_536,
-                           cache=args.kv_cache_dtype)  # fmt: skip
+    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024,
+                           context=args.context, cache=args.kv_cache_dtype)  # fmt: skip
     if args.dense:
         session.engine.model.index_topk = session.engine.context_length
     results: list[Score] = []

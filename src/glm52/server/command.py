@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=integer(0, 65_535), default=8000, help="default: 8000; 0 picks a free one")
     add("--served-model-name", type=some_name, action="append", nargs="+", metavar="NAME",
-        help="names clients use, after MODEL; the first stands in replies (default: the folder's)")  # fmt: skip
+        help="names clients use, after MODEL; the first stands in replies (default: its own)")  # fmt: skip
     add("--api-key", action="append", default=[], metavar="KEY",
         help="let in only those who send this key; may be repeated; @FILE reads one a line")  # fmt: skip
     add("--insecure", action="store_true", help="listen on other addresses than this machine's without a key")
