@@ -184,7 +184,7 @@ def test_a_conversation_through_pipes(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     lines = "/help\n/think off\nHi\n/effort high\n/think maybe\n/dance\n/stats\n/reset\n/exit\nnever read\n"
     done = glm52("chat", str(tmp_path), "--max-tokens", "8", text=lines)
-    assert done.returncode == 1 and done.stderr == " (length)\n"  # /dance could not be done
+    assert done.returncode == 1 and done.stderr.endswith(" (length)\n")  # /dance could not be done
     for expected in ("/think on|off", "thinking is off", "effort high", "/think on or /think off",
                      "/dance is not a command", "tokens/s", "a new conversation"):  # fmt: skip
         assert expected in done.stdout
@@ -200,7 +200,7 @@ def test_rows_of_the_cache_bound_a_conversation(tmp_path: Path) -> None:
 def test_one_prompt_and_too_long_a_prompt(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     done = glm52("chat", str(tmp_path), "--max-tokens", "4", "--prompt", "Hi")
-    assert done.returncode == 0 and done.stderr.startswith("thinking: ") and "thinking" not in done.stdout
+    assert done.returncode == 0 and "thinking: " in done.stderr and "thinking" not in done.stdout
     for long in (
         glm52("chat", str(tmp_path), "--prompt", "word " * 600),
         glm52("chat", str(tmp_path), text="word " * 600 + "\n"),
@@ -215,7 +215,8 @@ def test_what_is_typed_is_text(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-m", "glm52.cli", "chat", str(tmp_path)], input=b"\xff\xfe\n",
                               capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": encoding})  # fmt: skip
         assert done.returncode == 2
-        assert done.stderr.startswith(b"glm52 chat: stdin: expected text in UTF-8") and done.stderr.count(b"\n") == 1
+        *_, last = done.stderr.splitlines()  # a line may say that there are no native kernels
+        assert last.startswith(b"glm52 chat: stdin: expected text in UTF-8") and b"Traceback" not in done.stderr
 
 
 def test_a_model_that_computes_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
