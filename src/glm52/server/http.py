@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import re
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # What httpx and others take for the end of a line; in JSON, and so in events, they stand in strings alone.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-_LOOK_S = 1.0  # between two looks at the clock
 _LAST_S = 1.0  # for what is said last, when time is up
 
 
@@ -93,7 +93,7 @@ async def run_whole(request: Request, call: Call) -> None:
         async for _ in call.run(answer):
             pass
 
-    await _to_the_end(call, map(drain, call.answers), _disconnected(request.receive))
+    await _to_the_end(call, map(drain, call.answers), request.receive)
 
 
 class EventStream:
@@ -109,11 +109,12 @@ class EventStream:
         self._unsaid: list[Frame] = []
         self._said_at = time.monotonic()
         self._sending: list[float] = []  # when what the client has not taken yet was begun, the oldest first
+        self._failure: BaseException | None = None  # of a sign of life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send, call, status = send, self._call, 499
         try:
-            await _to_the_end(call, map(self._follow, call.answers), _disconnected(receive), self._watch())
+            await _to_the_end(call, map(self._follow, call.answers), receive, self._look)
             await self._in_time(self._say(self._writer.close(call.answers, call.usage), is_last=True))
             status = 200
         except ClientDisconnect:
@@ -140,25 +141,26 @@ class EventStream:
         if not all(a.reason for a in self._call.answers):  # the last goes out with what closes the stream
             await self._say()
 
-    async def _watch(self) -> None:
-        """A sign of life whenever nothing was said for a while; ClientDisconnect once the client has left something
-        unread for too long. One look at the clock is for all events: a timer for each costs more than most of them."""
+    def _look(self) -> float:
+        """Seconds until the next look. A sign of life if nothing was said for a while; ClientDisconnect once the client
+        has left something unread for too long."""
+        if self._failure is not None:
+            raise self._failure
         limits = self._call.service.options.limits
-        while True:
-            if self._sending:
-                left = self._sending[0] + limits.send_s - time.monotonic()
-            else:
-                patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
-                left = self._said_at + patience - time.monotonic()
-            if left > 0:
-                await asyncio.sleep(min(left, _LOOK_S))
-                continue
-            if self._sending:
-                raise ClientDisconnect
-            # What it has begun to say is said, though the replies end meanwhile; then nobody asks how that went.
-            sign = asyncio.ensure_future(self._in_time(self._sign()))
-            sign.add_done_callback(lambda s: s.cancelled() or s.exception())
-            await asyncio.shield(sign)
+        patience = limits.keep_alive_s if self._is_begun else limits.first_wait_s
+        since, patience = (self._sending[0], limits.send_s) if self._sending else (self._said_at, patience)
+        left = since + patience - time.monotonic()
+        if left > 0:
+            return left
+        if self._sending:
+            raise ClientDisconnect
+        # What it has begun to say is said, though the replies end meanwhile; then nobody asks how that went.
+        asyncio.ensure_future(self._in_time(self._sign())).add_done_callback(self._signed)
+        return patience
+
+    def _signed(self, sign: asyncio.Future[None]) -> None:
+        if not sign.cancelled():
+            self._failure = sign.exception()
 
     async def _sign(self) -> None:
         if not self._is_begun:
@@ -200,28 +202,32 @@ class EventStream:
 
 
 async def _to_the_end(
-    call: Call, replies: Iterable[Coroutine[Any, Any, None]], *beside: Coroutine[Any, Any, None]
+    call: Call, replies: Iterable[Coroutine[Any, Any, None]], receive: Receive, look: Callable[[], float] | None = None
 ) -> None:
-    """All replies to their end; everything stops as soon as one fails, or what goes on beside them, or time is up.
-
-    The watch itself waits for nobody: a client that does not read holds up replies and signs of life alike."""
+    """All replies to their end; everything stops as soon as one fails, the client hangs up, time is up or ``look``
+    raises, which returns the seconds until it must be called again."""
     tasks = [asyncio.ensure_future(r) for r in replies]
-    done, others = asyncio.gather(*tasks), [asyncio.ensure_future(b) for b in beside]
-    watched: tuple[asyncio.Future[Any], ...] = (done, *others)
-    try:
-        while not done.done():
+    done, gone = asyncio.gather(*tasks), asyncio.ensure_future(_disconnected(receive))
+    stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def watch() -> float:
+        try:
             if call.time_left() <= 0:
                 raise call.overdue()
-            patience = min(call.time_left(), _LOOK_S)
-            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
-            for other in others:
-                if other.done() and not done.done():
-                    await other
-        await done
+            return min(call.time_left(), look() if look else math.inf)
+        except Exception as error:
+            if not stop.done():
+                stop.set_exception(error)
+            return math.inf
+
+    try:
+        with call.service.clock.watching(watch):
+            await asyncio.wait((done, gone, stop), return_when=asyncio.FIRST_COMPLETED)
+        await (done if done.done() else gone if gone.done() else stop)
     finally:
-        for task in (*tasks, *others):
-            task.cancel()
-        await asyncio.gather(*tasks, *watched, return_exceptions=True)
+        for waiting in (*tasks, gone, stop):
+            waiting.cancel()
+        await asyncio.gather(*tasks, done, gone, stop, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

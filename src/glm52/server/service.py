@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from glm52.chat import ChatTemplate, Delta
 from glm52.engine import Event, SamplingParams, TokenLogprob, check_prompt
 from glm52.errors import RequestError
+from glm52.server.clock import Clock
 from glm52.server.limits import Gate, Keys, Limits
 from glm52.server.metrics import Metrics
 from glm52.server.prefixes import PromptLog
@@ -56,7 +57,7 @@ class Service:
         self.options = options or Options()
         self.created = int(time.time())
         self.gate = Gate(self.options.limits.max_running, self.options.limits.max_waiting)
-        self.prompts, self.recall = PromptLog(tokenizer), Recall()
+        self.prompts, self.recall, self.clock = PromptLog(tokenizer), Recall(), Clock()
         engine = getattr(backend, "engine", None)
         self.vocab_size = engine.model.config.vocab_size if engine else tokenizer.vocab_size
         self.metrics = Metrics(engine, lambda: self.gate.running, lambda: self.gate.waiting)
