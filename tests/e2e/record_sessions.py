@@ -4,11 +4,13 @@
 
 runs each agent twice in one session: a question that takes three calls, then, resumed, one that takes one. A recording
 begins with a line that says who was recorded, and the fields that no request changed; then each line has the others of
-one request. Long texts that every request repeats are cut in their middle, and folders have other names; all else stays
-as it was sent. What an agent asks without tools beside its session, a title, is left out.
+one request. Texts that every request repeats are the client's own prose, unless they tell its environment: their words
+are replaced, the long ones cut in their middle. Folders have other names; all else stays as it was sent. What an agent
+asks without tools beside its session, a title, is left out.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ RESUMED = {
     "codex": ("exec", "resume", "--last", *AGENTS["codex"].arguments[1:]),
     "kilo": ("run", "--auto", "--continue"),
 }
+PROSE = 120  # characters from which on a text is some
 LONG, KEPT = 800, 300  # characters of a text that is cut, and of each end that stays
 
 
@@ -39,8 +42,8 @@ def record(name: str, npm: Path) -> list[str]:
             subprocess.run(command, cwd=work, env=environment, stdin=subprocess.DEVNULL, check=True, timeout=300)
         asked = [e for e in on.recorder.exchanges if b'"tools"' in e.body]
         bodies = [_renamed(e, work) for e in asked]
-    repeated = set[str].intersection(*({text for text in _texts(body) if len(text) > LONG} for body in bodies))
-    bodies = [_cut(body, repeated) for body in bodies]
+    repeated = set[str].intersection(*(set(filter(_is_prose, _texts(body))) for body in bodies))
+    bodies = [_masked(body, repeated) for body in bodies]
     same = {k: v for k, v in bodies[0].items() if all(body.get(k) == v for body in bodies)}
     head = {"client": name, "version": version, "path": asked[0].path, "same": same}
     lines = [head, *({k: v for k, v in body.items() if k not in same} for body in bodies)]
@@ -60,12 +63,23 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def _cut(value: Any, repeated: set[str]) -> Any:
+def _is_prose(text: str) -> bool:
+    return len(text) > PROSE and "<environment" not in text
+
+
+def _masked(value: Any, repeated: set[str]) -> Any:
     if isinstance(value, dict):
-        return {k: _cut(v, repeated) for k, v in value.items()}
+        return {k: _masked(v, repeated) for k, v in value.items()}
     if isinstance(value, list):
-        return [_cut(v, repeated) for v in value]
-    return f"{value[:KEPT]}\n[...]\n{value[-KEPT:]}" if isinstance(value, str) and value in repeated else value
+        return [_masked(v, repeated) for v in value]
+    return _wordless(value) if isinstance(value, str) and value in repeated else value
+
+
+def _wordless(text: str) -> str:
+    """Its tags, figures and marks."""
+    if len(text) > LONG:
+        text = f"{text[:KEPT]}\n[...]\n{text[-KEPT:]}"
+    return re.sub(r"(<[^<>]*>)|[^\W\d_]{3,}", lambda found: found[1] or "any", text)
 
 
 if __name__ == "__main__":
