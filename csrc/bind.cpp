@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -427,12 +428,19 @@ void set_ends(Stack& s, Array embedding, Array norm, const nb::dict& draft) {
 #endif
 }
 
+// Without the interpreter, and one caller at a time: a stack has one scratch.
+struct Alone {
+  nb::gil_scoped_release unlocked;
+  std::lock_guard<std::mutex> locked;
+  explicit Alone(Stack& s) : locked(s.busy) {}
+};
+
 void forward(Stack& s, Array tokens, Array where, Array tables, size_t page_size, Cache& cache, Output h) {
   const int64_t* ids = read_tokens(s, tokens);
   const Batch b = read_batch(where, tables, page_size, cache, tokens.shape(0), true);
   float* out = floats_out("h", h, {b.tokens, s.dims().hidden});
   if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
-  const nb::gil_scoped_release unlocked;
+  const Alone alone(s);
   s.forward(ids, b, cache, out);
 }
 
@@ -461,7 +469,7 @@ void extend(Stack& s, Array h, Array tokens, Array where, Array tables, size_t p
             Selection& selection, Output z) {
   const Step step = read_step("extend", s, h, tokens, where, tables, page_size, cache, last);
   float* out = floats_out("z", z, {last.shape(0), s.dims().hidden});
-  const nb::gil_scoped_release unlocked;
+  const Alone alone(s);
   s.extend(step.h, step.tokens, step.batch, cache, step.last, last.shape(0), selection, out);
 }
 
@@ -478,7 +486,7 @@ void draft(Stack& s, Array z, Array tokens, Array positions, Cache& cache, Selec
   if (!cache.fits(s.dims(), s.layers)) refuse("cache: expected one of this model");
   if (selection.tokens != S || selection.num_rows > cache.num_rows)
     refuse("selection: expected one for each token, of this cache");
-  const nb::gil_scoped_release unlocked;
+  const Alone alone(s);
   s.draft(in, ids, at, S, cache, selection, to);
 }
 
@@ -488,7 +496,7 @@ void propose(Stack& s, const Weights& head, Array h, Array tokens, Array where, 
   require_matrix("head", head, s.ends.vocabulary, s.dims().hidden);
   require("out", out, out.dtype() == nb::dtype<int64_t>(), "int64", {last.shape(0), ANY});
   if (!last.shape(0)) refuse("last: expected at least one, found none");
-  const nb::gil_scoped_release unlocked;
+  const Alone alone(s);
   s.propose(*head, step.h, step.tokens, step.batch, cache, step.last, last.shape(0), out.shape(1),
             static_cast<int64_t*>(out.data()));
 }
@@ -601,7 +609,7 @@ NB_MODULE(_kernels, m) {
             const float* in = floats("x", x, {ANY, ANY});
             require_matrix("w", w, ANY, x.shape(1));
             float* out = floats_out("y", y, {x.shape(0), w->rows});
-            const nb::gil_scoped_release unlocked;
+            const Alone alone(s);
             s.linear(*w, in, w->depth, x.shape(0), out, w->rows);
           },
           nb::arg("w"), nb::arg("x"), nb::arg("y").noconvert());

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "table.h"
@@ -108,6 +109,7 @@ class Stack {
     std::atomic<int64_t> hits{0}, reads{0};
   };
   std::deque<ExpertUse> expert_use;
+  std::mutex busy;  // for whoever calls from several threads
   const Dims& dims() const { return dims_; }
 
   // h [T, D]: the tokens through all layers but the drafting one, normed; their rows are written.

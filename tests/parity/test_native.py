@@ -1,5 +1,6 @@
 """The native stack against the reference model: the same function in every format, the same bits in every batch."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -225,6 +226,22 @@ def test_proposed_drafts_are_those_of_single_steps() -> None:
             z = body.draft(z, drafts[:, step].contiguous(), last + 1 + step, cache, selection)
         proposed.append(drafts)
     assert torch.equal(*proposed)
+
+
+@torch.inference_mode()
+def test_several_threads_may_call_one_model() -> None:
+    """They take turns over its scratch; two at once were a crash."""
+    native = NativeGLM(random_model(tiny_config()), "f32", threads=2)
+    caches, spans = [native.new_cache(160) for _ in range(3)], Spans.of_sequence(0, 100, 16)
+
+    def logits(seed: int) -> Tensor:
+        with torch.inference_mode():
+            ids = torch.randint(2, 60, (100,), generator=torch.Generator().manual_seed(seed))
+            return torch.stack([native.logits(native(ids, spans, caches[seed])) for _ in range(20)])
+
+    alone = [logits(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(logits, range(3)), alone))
 
 
 @pytest.mark.parametrize(("change", "named"), [
