@@ -44,6 +44,11 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found {found or 'an empty folder'}")
 
 
+def stored_bytes(folder: Path) -> int:
+    """Of the files that hold a folder's weights; 0 if there are none."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     weight_map = read_index(folder)
     tensors: dict[str, TensorInfo] = {}

@@ -1,5 +1,5 @@
-"""``glm52 inspect``: what a configuration or checkpoint is, weighs and costs. Reads
-headers only, fetches no weights and imports no torch."""
+"""``glm52 inspect``: what a configuration or checkpoint is, weighs and costs. Reads headers only, fetches no weights
+and imports no torch."""
 
 import argparse
 import json

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from glm52.config import GLMConfig
 from glm52.errors import PlanError
+from glm52.headers import stored_bytes
 from glm52.options import integer, some_name
 
 MODEL = "zai-org/GLM-5.2-FP8"
-HEADS, LONGEST = 64, 1_048_576  # of GLM-5.2
+CONFIG = GLMConfig.preset("glm-5.2")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _window(text: str) -> str:
     """For argparse: the longest context."""
-    return text if text == "auto" else str(integer(1, LONGEST)(text))
+    return text if text == "auto" else str(integer(1, CONFIG.max_position_embeddings)(text))
 
 
 def run(args: argparse.Namespace) -> int:
-    if HEADS % args.tensor_parallel_size:
-        raise PlanError(f"--tensor-parallel-size: expected a divisor of {HEADS}, the heads of attention, found "
+    heads = CONFIG.num_attention_heads
+    if heads % args.tensor_parallel_size:
+        raise PlanError(f"--tensor-parallel-size: expected a divisor of {heads}, the heads of attention, found "
                         f"{args.tensor_parallel_size}")  # fmt: skip
     check_memory(args.model, args.gpu, args.tensor_parallel_size)
     environment, words = command(args)
@@ -107,8 +110,7 @@ def check_memory(model: str, gpu: str, num_gpus: int) -> None:
 
 def least_gb(model: str) -> float | None:
     """What a checkpoint needs: by the files of a folder, by the name of a repository; None where neither tells."""
-    stored = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-    if stored:
+    if stored := stored_bytes(Path(model)):
         return 1.2 * stored / 1e9
     return next((gb for name, gb in _LEAST_GB.items() if re.search(name, model.lower())), None)
 

@@ -10,6 +10,7 @@ from glm52.cache import CacheFormat
 from glm52.checkpoint import Checkpoint, read_parameters, write_checkpoint
 from glm52.config import DTYPES, GLMConfig
 from glm52.errors import ConfigError
+from glm52.headers import stored_bytes
 from glm52.hub import name_of
 from glm52.model import GLM
 from glm52.native import NativeGLM
@@ -55,8 +56,9 @@ def load_for_inference(
     if not is_native and fmt not in (None, "f32", "bf16"):
         raise ConfigError(f"--format {fmt}: expected f32 or bf16 without the native kernels; install a C++ compiler "
                           "and glm52 again for the others")  # fmt: skip
+    name, files = name_of(folder), stored_bytes(folder)
     if fmt is None and not (is_native and checkpoint.quantized):
-        fmt = _unquantized(folder)
+        fmt = "f32" if files < _SMALL_BYTES else "bf16"
     own = "f32" if fmt == "f32" else "bf16"
     config, row_format = checkpoint.config, own if cache == "auto" else cache
     row = config.cache_bytes(row_format) + config.num_nextn_predict_layers * sum(config.row_bytes(row_format))
@@ -64,7 +66,6 @@ def load_for_inference(
         weights = packed_bytes(checkpoint.shapes, checkpoint.quantized, fmt)
     else:
         weights = config.num_parameters() * (4 if fmt == "f32" else 2)
-    name, files = name_of(folder), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     memory.require(name, weights, row, num_rows, mapped=files)
     with memory.running_out(name):
         if is_native:
@@ -72,10 +73,6 @@ def load_for_inference(
         model = _reference(checkpoint, torch.float32 if fmt == "f32" else torch.bfloat16)
     model.cache_format = cache
     return model
-
-
-def _unquantized(folder: Path) -> WeightFormat:
-    return "f32" if sum(p.stat().st_size for p in folder.glob("*.safetensors")) < _SMALL_BYTES else "bf16"
 
 
 def save(model: GLM, folder: Path) -> None:

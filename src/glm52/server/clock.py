@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 
 _LOOK_S = 1.0  # the longest between two looks
@@ -41,4 +40,4 @@ class Clock:
 
     def _tick(self) -> None:
         self._timer = None
-        self._arm(min([look() for look in self._looks], default=math.inf))
+        self._arm(min(look() for look in self._looks))
