@@ -115,7 +115,7 @@ template <class E, size_t H>
 void score_heads(const MlaArgs& a, const typename E::Query* q, size_t begin, size_t end, float* scores) {
   using Value = typename E::Value;
   constexpr size_t ROWS = H == MOST_HEADS ? 2 : 4, FETCHED = 8;  // rows scored together, and fetched ahead
-  const size_t stride = a.layout.stride(), padded = a.padded();
+  const size_t stride = a.layout.stride(), apart = a.apart();
   for (size_t i = begin; i < end; i += ROWS) {
     const Value *row[ROWS], *later[ROWS];
     for (size_t r = 0; r < ROWS; ++r) {
@@ -135,7 +135,7 @@ void score_heads(const MlaArgs& a, const typename E::Query* q, size_t begin, siz
     for (size_t h = 0; h < H; h += 4 / ROWS) {
       float four[4];
       sum_four(acc[h], a.scale, four);
-      for (size_t k = 0; k < 4; ++k) scores[(h + k / ROWS) * padded + i + k % ROWS] = four[k];
+      for (size_t k = 0; k < 4; ++k) scores[(h + k / ROWS) * apart + i + k % ROWS] = four[k];
     }
   }
 }
@@ -154,7 +154,7 @@ void score_as(const MlaArgs& a, size_t begin, size_t end, float* scores) {
   auto* q = queries.reserve(a.heads * stride);
   for (size_t h = 0; h < a.heads; ++h) load_query<E>(a, h, q + h * stride);
   by_heads(a.heads,
-           [&](auto H, size_t h) { score_heads<E, H()>(a, q + h * stride, begin, end, scores + h * a.padded()); });
+           [&](auto H, size_t h) { score_heads<E, H()>(a, q + h * stride, begin, end, scores + h * a.apart()); });
 }
 
 float highest(const float* s, size_t count) {
@@ -169,15 +169,17 @@ float highest(const float* s, size_t count) {
   return most;
 }
 
-// Probabilities, rounded; returns what is left to multiply the sums with.
+// Probabilities, rounded, SCORE_PAD of them each `apart` values; returns what is left to multiply the sums with.
 template <class V>
-float soften_as(float* s, size_t count, size_t padded, V* p) {
+float soften_as(float* s, size_t count, size_t padded, V* p, size_t apart) {
   const float largest = highest(s, count);
   for (size_t i = 0; i < count; ++i) s[i] = exp_fast(s[i] - largest);
   std::fill(s + count, s + padded, 0.0f);
-  narrow(s, padded, p);
   F16 total = F16::zero();
-  for (size_t i = 0; i < padded; i += LANES) total = total + F16::load(p + i);
+  for (size_t i = 0; i < padded; i += SCORE_PAD, p += apart) {
+    narrow(s + i, SCORE_PAD, p);
+    for (size_t k = 0; k < SCORE_PAD; k += LANES) total = total + F16::load(p + k);
+  }
   return 1.0f / sum(total);
 }
 
@@ -220,136 +222,228 @@ void mix_as(const MlaArgs& a, const Softened& s, size_t begin, size_t end, float
 
 #if defined(__AMX_BF16__)
 
-// The same by the matrix unit. Rows are its tokens when they are scored, heads when rows are mixed.
+// The same by the matrix unit. Rows are its tokens when they are scored, heads when rows are mixed. What it multiplies
+// next is brought into a ring of tiles meanwhile: a tile's load waits for stores that are still on their way.
 
 constexpr size_t TILE_VALUES = UNIT * UNIT * 2;
 constexpr size_t PIECE = 32;  // values of a row, or rows, that one instruction sums
+constexpr size_t RING = 4;
+
+// Sixteen vectors of sixteen words.
+void transpose(__m512i (&v)[UNIT]) {
+  __m512i w[UNIT];
+  for (size_t i = 0; i < UNIT; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (size_t i = 0; i < UNIT; i += 4) {
+    for (size_t k = 0; k < 2; ++k) {
+      v[i + 2 * k] = _mm512_unpacklo_epi64(w[i + k], w[i + k + 2]);
+      v[i + 2 * k + 1] = _mm512_unpackhi_epi64(w[i + k], w[i + k + 2]);
+    }
+  }
+  for (size_t i = 0; i < 4; ++i) {  // quarters
+    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (size_t i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
+  }
+}
 
 // Queries of each sixteen heads in pairs, [stride / 2][UNIT][2]; those of missing heads are zero.
 void pair_queries(const MlaArgs& a, bf16* to) {
-  static thread_local Buffer<bf16> one;
-  const size_t stride = a.layout.stride();
-  bf16* row = one.reserve(stride);
-  std::memset(to, 0, round_up(a.heads, UNIT) * stride * sizeof(bf16));
-  for (size_t h = 0; h < a.heads; ++h) {
-    load_query<Half>(a, h, row);
-    bf16* at = to + h / UNIT * UNIT * stride + h % UNIT * 2;
-    for (size_t k = 0; k < stride; k += 2) std::memcpy(at + k * UNIT, row + k, 2 * sizeof(bf16));
-  }
-}
-
-// Sixteen rows of the selection from i on where the unit can load them: as they lie if they do so in a row.
-const bf16* sixteen_rows(const MlaArgs& a, size_t i, bf16* scratch) {
-  const size_t stride = a.layout.stride();
-  bool in_a_row = i + UNIT <= a.count;  // each of them: pages may lie in any order
-  for (size_t r = 1; in_a_row && r < UNIT; ++r) in_a_row = a.ids[i + r] == a.ids[i] + static_cast<int32_t>(r);
-  if (in_a_row) return row_of<bf16>(a, i);
-  for (size_t r = 0; r < UNIT; ++r) {
-    const bf16 *row = row_of<bf16>(a, i + r), *later = row_of<bf16>(a, i + UNIT + r);
+  static thread_local Buffer<bf16> rounded;
+  const size_t stride = a.layout.stride(), padded = round_up(a.heads, UNIT);
+  bf16* rows = rounded.reserve(padded * stride);
+  for (size_t h = 0; h < a.heads; ++h) load_query<Half>(a, h, rows + h * stride);
+  std::memset(rows + a.heads * stride, 0, (padded - a.heads) * stride * sizeof(bf16));
+  for (size_t first = 0; first < padded; first += UNIT) {
     for (size_t z = 0; z < stride; z += PIECE) {
-      __builtin_prefetch(later + z);
-      Pairs::load(row + z).store(scratch + r * stride + z);
+      __m512i pairs[UNIT];
+      for (size_t h = 0; h < UNIT; ++h) pairs[h] = Pairs::load(rows + (first + h) * stride + z).v;
+      transpose(pairs);
+      for (size_t k = 0; k < UNIT; ++k) Pairs{pairs[k]}.store(to + first * stride + (z + 2 * k) * UNIT);
     }
   }
-  return scratch;
 }
 
-// Two chains, for one alone waits for itself.
-void score_tile(const bf16* rows, const bf16* q, size_t stride, float (&sums)[2][UNIT * UNIT]) {
-  _tile_zero(0);
-  _tile_zero(1);
-  for (size_t z = 0; z < stride; z += 2 * PIECE) {
-    _tile_loadd(4, rows + z, stride * sizeof(bf16));
-    _tile_loadd(6, q + z * UNIT, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (z + PIECE == stride) break;
-    _tile_loadd(5, rows + z + PIECE, stride * sizeof(bf16));
-    _tile_loadd(7, q + (z + PIECE) * UNIT, 64);
-    _tile_dpbf16ps(1, 5, 7);
+// Adds a piece of UNITS times sixteen rows times GROUPS times sixteen heads, `group` values apart, to the sums: those
+// of the first heads, then of the second. The intrinsics take tiles as literals.
+template <size_t UNITS, size_t GROUPS>
+void score_piece(const bf16* rows, size_t row_bytes, const bf16* q, size_t group) {
+  const bf16* next = rows + UNIT * row_bytes / sizeof(bf16);
+  _tile_loadd(6, q, 64);
+  _tile_loadd(4, rows, row_bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, next, row_bytes);
+  _tile_dpbf16ps(1, 5, 6);
+  if constexpr (GROUPS == 2) {
+    _tile_loadd(7, q + group, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  } else if constexpr (UNITS == 4) {
+    next += UNIT * row_bytes / sizeof(bf16);
+    _tile_loadd(4, next, row_bytes);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, next + UNIT * row_bytes / sizeof(bf16), row_bytes);
+    _tile_dpbf16ps(3, 5, 6);
   }
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
+}
+
+// Sums of rows from i on: as they lie where they do so in a row, or copied piece by piece.
+template <size_t UNITS, size_t GROUPS>
+void score_sums(const MlaArgs& a, size_t i, const bf16* q) {
+  constexpr size_t ROWS = UNITS * UNIT;
+  const size_t stride = a.layout.stride(), group = UNIT * stride;
+  const bf16* row[ROWS];
+  bool in_a_row = true;  // each of them: pages may lie in any order
+  for (size_t r = 0; r < ROWS; ++r) {
+    row[r] = row_of<bf16>(a, i + r);
+    in_a_row &= row[r] == row[0] + r * stride;
+  }
+  zero_sums();
+  if (in_a_row) {
+    for (size_t z = 0; z < stride; z += PIECE)
+      score_piece<UNITS, GROUPS>(row[0] + z, stride * sizeof(bf16), q + z * UNIT, group);
+    return;
+  }
+  alignas(64) bf16 ring[RING][ROWS * PIECE];
+  const auto copy = [&](size_t z) {
+    if (z >= stride) return;
+    for (size_t r = 0; r < ROWS; ++r) Pairs::load(row[r] + z).store(ring[z / PIECE % RING] + r * PIECE);
+  };
+  copy(0);
+  copy(PIECE);
+  for (size_t z = 0; z < stride; z += PIECE) {
+    copy(z + 2 * PIECE);
+    before_tile_loads();
+    score_piece<UNITS, GROUPS>(ring[z / PIECE % RING], 64, q + z * UNIT, group);
+  }
+}
+
+// Scores of UNITS times sixteen rows from i on for GROUPS times sixteen heads from `first` on.
+template <size_t UNITS, size_t GROUPS>
+void score_tile(const MlaArgs& a, size_t i, size_t first, const bf16* q, float* scores) {
+  score_sums<UNITS, GROUPS>(a, i, q + first * a.layout.stride());
+  alignas(64) float sums[4][UNIT * UNIT];
+  store_sums(sums);
+  for (size_t s = 0; s < UNITS * GROUPS; ++s) {
+    const size_t head = first + s / UNITS * UNIT;
+    __m512i of[UNIT];
+    for (size_t r = 0; r < UNIT; ++r) of[r] = _mm512_load_si512(sums[s] + r * UNIT);
+    transpose(of);
+    for (size_t h = 0; h < std::min(UNIT, a.heads - head); ++h) {
+      const F16 row = {_mm512_castsi512_ps(of[h])};
+      (row * F16::all(a.scale)).store(scores + (head + h) * a.apart() + i + s % UNITS * UNIT);
+    }
+  }
+}
+
+// Rows [begin, end), which are still in the second cache when further heads come.
+void score_stretch(const MlaArgs& a, size_t begin, size_t end, const bf16* q, float* scores) {
+  size_t first = 0, i = begin;
+  for (; first + UNIT < a.heads; first += 2 * UNIT) {
+    for (i = begin; i < end; i += 2 * UNIT) score_tile<2, 2>(a, i, first, q, scores);
+  }
+  if (first >= a.heads) return;
+  for (i = begin; i + 4 * UNIT <= end; i += 4 * UNIT) score_tile<4, 1>(a, i, first, q, scores);
+  if (i < end) score_tile<2, 1>(a, i, first, q, scores);
 }
 
 void score_tiles(const MlaArgs& a, size_t begin, size_t end, float* scores) {
-  static thread_local Buffer<bf16> queries, gathered;
-  const size_t stride = a.layout.stride();
-  bf16 *q = queries.reserve(round_up(a.heads, UNIT) * stride), *scratch = gathered.reserve(UNIT * stride);
+  static thread_local Buffer<bf16> queries;
+  constexpr size_t STRETCH = 256;
+  bf16* q = queries.reserve(round_up(a.heads, UNIT) * a.layout.stride());
   pair_queries(a, q);
   Tiles tiles;
   tiles.shape(UNIT, UNIT);
-  const __m512i of_head = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
-  for (size_t i = begin; i < end; i += UNIT) {
-    const bf16* rows = sixteen_rows(a, i, scratch);
-    before_tile_loads();
-    for (size_t first = 0; first < a.heads; first += UNIT) {
-      alignas(64) float sums[2][UNIT * UNIT];
-      score_tile(rows, q + first * stride, stride, sums);
-      for (size_t h = 0; h < std::min(UNIT, a.heads - first); ++h) {
-        const F16 even = {_mm512_i32gather_ps(of_head, sums[0] + h, 4)};
-        const F16 odd = {_mm512_i32gather_ps(of_head, sums[1] + h, 4)};
-        ((even + odd) * F16::all(a.scale)).store(scores + (first + h) * a.padded() + i);
-      }
+  for (size_t i = begin; i < end; i += STRETCH) score_stretch(a, i, std::min(i + STRETCH, end), q, scores);
+}
+
+// BLOCKS times 32 columns from c on, `apart` columns from one to the next, of a piece of rows as pairs of rows:
+// [2 * BLOCKS][UNIT][UNIT][2].
+template <size_t BLOCKS>
+void pair_rows(const bf16* const* row, size_t c, size_t apart, bf16* to) {
+  for (size_t r = 0; r < PIECE; r += 2, to += 2 * UNIT) {
+    for (size_t b = 0; b < BLOCKS; ++b) {
+      Pairs low, high;
+      Pairs::interleave(row[r] + c + b * apart, row[r + 1] + c + b * apart, low, high);
+      low.store(to + 2 * b * TILE_VALUES);
+      high.store(to + (2 * b + 1) * TILE_VALUES);
     }
   }
 }
 
-// Columns [c, c + 32 * blocks) of the rows as pairs of rows: [padded / 32][2 * blocks][UNIT][UNIT][2].
-void pair_rows(const MlaArgs& a, size_t c, size_t blocks, bf16* to) {
-  for (size_t i = 0; i < a.padded(); i += 2) {
-    bf16* at = to + i / PIECE * 2 * blocks * TILE_VALUES + i % PIECE * UNIT;
-    for (size_t b = 0; b < blocks; ++b) {
-      Pairs low = {_mm512_setzero_si512()}, high = low;
-      const size_t column = c + b * ROW_PAD;
-      if (i < a.count) Pairs::interleave(row_of<bf16>(a, i) + column, row_of<bf16>(a, i + 1) + column, low, high);
-      low.store(at + 2 * b * TILE_VALUES);
-      high.store(at + (2 * b + 1) * TILE_VALUES);
-    }
-  }
-  before_tile_loads();
-}
-
-// Sixteen heads at most; the columns' halves are those of ``pair_rows``.
-void mix_tile(const bf16* p, size_t padded, const bf16* paired, size_t blocks, float (&sums)[4][UNIT * UNIT]) {
-  zero_sums();
-  for (size_t i = 0; i < padded; i += PIECE, paired += 2 * blocks * TILE_VALUES) {
-    _tile_loadd(4, p + i, padded * sizeof(bf16));
-    _tile_loadd(6, paired, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, paired + TILE_VALUES, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if (blocks == 1) continue;
-    _tile_loadd(6, paired + 2 * TILE_VALUES, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, paired + 3 * TILE_VALUES, 64);
+// Adds a piece of paired rows, weighed with p [heads][PIECE], to sums: of 32 columns for sixteen heads and sixteen
+// more, or of 64 columns.
+template <size_t GROUPS>
+void mix_piece(const bf16* p, const bf16* pairs) {
+  _tile_loadd(4, p, 64);
+  _tile_loadd(6, pairs, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, pairs + TILE_VALUES, 64);
+  _tile_dpbf16ps(2, 4, 7);
+  if constexpr (GROUPS == 2) {
+    _tile_loadd(5, p + UNIT * PIECE, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  } else {
+    _tile_loadd(6, pairs + 2 * TILE_VALUES, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(7, pairs + 3 * TILE_VALUES, 64);
     _tile_dpbf16ps(3, 4, 7);
   }
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
+}
+
+// Columns from c on, as many as ``mix_piece`` sums but none from `end` on, of GROUPS times sixteen heads from `first`
+// on.
+template <size_t GROUPS>
+void mix_tile(const MlaArgs& a, const bf16* const* row, const Softened& s, size_t first, size_t c, size_t end,
+              float* out) {
+  constexpr size_t BLOCKS = 2 / GROUPS;
+  const size_t apart = c + ROW_PAD < end ? ROW_PAD : 0;  // else the same columns again
+  alignas(64) bf16 ring[RING][2 * BLOCKS * TILE_VALUES];
+  const auto pair = [&](size_t i) {
+    if (i < a.padded()) pair_rows<BLOCKS>(row + i, c, apart, ring[i / PIECE % RING]);
+  };
+  zero_sums();
+  pair(0);
+  const auto* p = static_cast<const bf16*>(s.p) + first * PIECE;
+  for (size_t i = 0; i < a.padded(); i += PIECE, p += a.heads * PIECE) {
+    pair(i + PIECE);
+    before_tile_loads();
+    mix_piece<GROUPS>(p, ring[i / PIECE % RING]);
+  }
+  alignas(64) float sums[4][UNIT * UNIT];
+  store_sums(sums);
+  for (size_t k = 0; k < 2; ++k) {  // the groups of heads, or the blocks of columns
+    const size_t head = first + (GROUPS == 2 ? k * UNIT : 0), column = c + (GROUPS == 2 ? 0 : k * apart);
+    for (size_t h = 0; h < std::min(UNIT, a.heads - head); ++h) {
+      put<Half>(a, F16::load(sums[k] + h * UNIT), F16::load(sums[2 + k] + h * UNIT), s.inverse[head + h], column,
+                out + (head + h) * a.layout.latent);
+    }
+  }
 }
 
 void mix_tiles(const MlaArgs& a, const Softened& s, size_t begin, size_t end, float* out) {
-  static thread_local Buffer<bf16> pairs;
-  const auto* p = static_cast<const bf16*>(s.p);
-  bf16* paired = pairs.reserve(a.padded() * 2 * ROW_PAD);
+  static thread_local Buffer<const bf16*> selected;
+  const bf16** row = selected.reserve(a.padded());
+  for (size_t i = 0; i < a.padded(); ++i) row[i] = row_of<bf16>(a, i);
   Tiles tiles;
   for (size_t c = begin; c < end; c += 2 * ROW_PAD) {
-    const size_t blocks = c + ROW_PAD < end ? 2 : 1;
-    pair_rows(a, c, blocks, paired);
-    for (size_t first = 0; first < a.heads; first += UNIT) {
-      const size_t heads = std::min(UNIT, a.heads - first);
-      tiles.shape(heads, heads);
-      alignas(64) float sums[4][UNIT * UNIT];
-      mix_tile(p + first * a.padded(), a.padded(), paired, blocks, sums);
-      for (size_t h = 0; h < heads; ++h) {
-        for (size_t b = 0; b < blocks; ++b) {
-          put<Half>(a, F16::load(sums[2 * b] + h * UNIT), F16::load(sums[2 * b + 1] + h * UNIT), s.inverse[first + h],
-                    c + b * ROW_PAD, out + (first + h) * a.layout.latent);
-        }
-      }
+    size_t first = 0;
+    for (; first + UNIT < a.heads; first += 2 * UNIT) {
+      tiles.shape(UNIT, std::min(UNIT, a.heads - first - UNIT));
+      for (size_t of = c; of < std::min(c + 2 * ROW_PAD, end); of += ROW_PAD)
+        mix_tile<2>(a, row, s, first, of, end, out);
     }
+    if (first >= a.heads) continue;
+    tiles.shape(a.heads - first, a.heads - first);
+    mix_tile<1>(a, row, s, first, c, end, out);
   }
 }
 
@@ -367,10 +461,14 @@ void score(const MlaArgs& a, size_t begin, size_t end, float* scores) {
 void soften(const MlaArgs& a, size_t begin, size_t end, float* scores, const Softened& s) {
   const size_t padded = a.padded();
   for (size_t h = begin; h < end; ++h) {
-    float* of_head = scores + h * padded;
-    s.inverse[h] = a.layout.format == Format::f32
-                       ? soften_as(of_head, a.count, padded, static_cast<float*>(s.p) + h * padded)
-                       : soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + h * padded);
+    float* of_head = scores + h * a.apart();
+    if (a.layout.format == Format::f32)
+      s.inverse[h] = soften_as(of_head, a.count, padded, static_cast<float*>(s.p) + h * padded, SCORE_PAD);
+    else if (MATRIX_UNIT<bf16>)
+      s.inverse[h] =
+          soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + h * SCORE_PAD, a.heads * SCORE_PAD);
+    else
+      s.inverse[h] = soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + h * padded, SCORE_PAD);
   }
 }
 

@@ -450,7 +450,7 @@ void Stack::attend(MlaArgs a, size_t threads, AttentionScratch& to, float* out) 
     pool::each(a.count, 16, threads, [&](size_t begin, size_t end) { table_.mla.widen(a, begin, end, rows); });
     a.layout.format = Format::bf16, a.rows = rows, a.ids = ids;
   }
-  float* scores = to.scores.reserve(a.heads * padded);
+  float* scores = to.scores.reserve(a.heads * a.apart());
   const Softened s = {to.probabilities.reserve(a.heads * padded), to.inverse.reserve(a.heads)};
   const size_t pieces = padded / SCORE_PAD;  // one stretch for each thread, which prepares the queries for it
   pool::each(pieces, blocks(pieces, threads), threads,

@@ -72,12 +72,14 @@ struct MlaArgs {
   const int32_t* ids;
   size_t count;
   float scale;
-  // Scores of a head.
+  // Scores of a head, and how far they lie from the next one's: by powers of two all would share a few places of a
+  // cache.
   size_t padded() const { return round_up(count, SCORE_PAD); }
+  size_t apart() const { return padded() + PANEL; }
 };
 
-// Probabilities p [H, padded], rounded like activations of the rows' type, and what the sums they weigh are multiplied
-// with.
+// Probabilities p of H heads and `padded` rows, rounded like activations of the rows' type, in a layout of the
+// instruction set's own, and what the sums they weigh are multiplied with.
 struct Softened {
   void* p;
   float* inverse;
@@ -87,7 +89,7 @@ struct Softened {
 struct Mla {
   // Rows [begin, end) of an fp8 selection as bfloat16 [count, stride], for which the other three then stand
   void (*widen)(const MlaArgs& a, size_t begin, size_t end, uint16_t* out);
-  // Scores [H, padded] of rows [begin, end), multiples of SCORE_PAD
+  // Scores [H, apart] of rows [begin, end), multiples of SCORE_PAD
   void (*score)(const MlaArgs& a, size_t begin, size_t end, float* scores);
   // Softmax of heads [begin, end); the scores are lost
   void (*soften)(const MlaArgs& a, size_t begin, size_t end, float* scores, const Softened& s);

@@ -20,6 +20,13 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
+inline void store_sums(float (*to)[UNIT * UNIT]) {
+  _tile_stored(0, to[0], 64);
+  _tile_stored(1, to[1], 64);
+  _tile_stored(2, to[2], 64);
+  _tile_stored(3, to[3], 64);
+}
+
 // Shapes of the eight tiles: sums 0 to 3, tokens 4 and 5, weights 6 and 7. Others may use the unit between two calls of
 // a kernel, so each call has its own and sets it anew; within one call setting what is set costs nothing.
 class Tiles {
