@@ -854,6 +854,19 @@ def test_an_error_in_mid_stream_is_an_event(script: Script, http: httpx.Client, 
         assert _said(path, json.loads(data))[0] == "broken" and name == ("error" if "messages" in path else None)
 
 
+def test_errors_of_messages_name_their_request(script: Script, http: httpx.Client) -> None:
+    """As Anthropic's own do, whole, in a stream and of the routes beside."""
+    wrong = PATHS["/v1/messages"] | {"temperature": 9.0}
+    for path in ("/v1/messages", "/v1/messages/count_tokens", "/api/anthropic/v1/nothing"):
+        reply = http.post(path, json=wrong)
+        assert list(reply.json()) == ["type", "error", "request_id"]
+        assert reply.json()["request_id"] == reply.headers["request-id"] != ""
+    script.text, script.error = "</think>Half a", "broken"
+    reply = http.post("/v1/messages", json=PATHS["/v1/messages"] | {"stream": True}, headers={"x-request-id": "mine"})
+    assert json.loads(sse(reply.text)[-1][1])["request_id"] == reply.headers["request-id"] == "mine"
+    assert "request_id" not in http.post("/v1/chat/completions", json=wrong).json()
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_overflow_says_the_numbers(script: Script, http: httpx.Client, path: str, stream: bool) -> None:

@@ -480,6 +480,22 @@ def test_a_request_is_found_in_the_log_by_its_id(caplog: pytest.LogCaptureFixtur
     assert ids[0] == "mine-1" and len(set(ids)) == 4 and all(i.startswith("req_") for i in ids[1:])
 
 
+def test_a_request_is_found_in_the_log_by_its_own_id(caplog: pytest.LogCaptureFixture) -> None:
+    """The one in a body of Z.ai's was said back, and was in no line."""
+
+    async def main() -> list[Any]:
+        bodies = [BODY | {"request_id": "mine-1234"}, BODY, BODY | {"request_id": "mine-5678", "model": "other"}]
+        async with asgi(scripted_service(Script("</think>an answer"))) as client:
+            replies = [await client.post("/api/paas/v4/chat/completions", json=b) for b in bodies]
+        return [(r.headers["x-request-id"], r.json().get("request_id")) for r in replies]
+
+    with caplog.at_level(logging.INFO, "glm52.requests"):
+        told = asyncio.run(main())
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "glm52.requests"]
+    assert [x.get("request_id") for x in lines] == ["mine-1234", None, "mine-5678"]
+    assert told == [(lines[0]["id"], "mine-1234"), (lines[1]["id"], lines[1]["id"]), (lines[2]["id"], None)]
+
+
 def test_the_log_of_requests_is_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each began with ``INFO glm52.requests:``, and had no time."""
     write_tiny(tmp_path)

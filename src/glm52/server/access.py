@@ -24,10 +24,12 @@ _SANE = re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)  # ids that a header and a l
 
 @dataclass
 class Entry:
-    """What the routes find out about a request. call: once it is being served. error: with which it was refused."""
+    """What the routes find out about a request. own_id: what its body calls it. call: once it is being served. error:
+    with which it was refused."""
 
     id: str
     client: str
+    own_id: str = ""
     call: Call | None = None
     error: RequestError | None = None
 
@@ -74,6 +76,8 @@ class AccessLog:
             "dialect": self._name_of(path), "path": path[:200], "client": entry.client,
             "status": error.status if error else status,
         }  # fmt: skip
+        if entry.own_id:
+            line["request_id"] = entry.own_id[:200]
         if error is not None:
             line |= {"code": error.code, "param": error.param and error.param[:200]}
         return line | (call.figures() if call else {})

@@ -258,7 +258,7 @@ class Writer:
         return [("message_delta", delta), ("message_stop", {"type": "message_stop"})]
 
     def fail(self, error: RequestError) -> list[Frame]:
-        return [("error", error_payload(error))]
+        return [("error", error_payload(error) | {"request_id": self.request.request_id})]
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Json:
         for answer in answers:

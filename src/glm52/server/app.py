@@ -29,20 +29,24 @@ _LARGE_BODY = 1 << 16  # bytes from which a prompt is rendered off the event loo
 @dataclass(frozen=True)
 class Dialect:
     """Pure functions of one protocol. fails_in_stream: an overflow of a streamed request is an event, since its clients
-    look for it there. foreign: a prefix of other models' names that mean this one."""
+    look for it there. signs_errors: whether they name the request. foreign: a prefix of other models' names that mean
+    this one."""
 
     name: str
     read: Callable[[Any, Defaults], ChatRequest]
     writer: Callable[..., Any]
     error: Callable[[RequestError], Json]
     fails_in_stream: bool = False
+    signs_errors: bool = False
     foreign: str | None = None
 
 
 CHAT = Dialect("chat", openai.read, openai.Writer, openai.error_payload)
 TEXT = Dialect("completions", completions.read, completions.Writer, openai.error_payload)
 RESPONSES = Dialect("responses", responses.read, responses.Writer, openai.error_payload, fails_in_stream=True)
-MESSAGES = Dialect("messages", anthropic.read, anthropic.Writer, anthropic.error_payload, foreign="claude")
+MESSAGES = Dialect(
+    "messages", anthropic.read, anthropic.Writer, anthropic.error_payload, signs_errors=True, foreign="claude"
+)
 ZAI = Dialect("zai", zai.read, zai.Writer, zai.error_payload)
 ZAI_CODING = replace(ZAI, read=zai.read_coding)
 DIALECTS = {
@@ -74,7 +78,9 @@ async def _read(request: Request, dialect: Dialect) -> ChatRequest:
     mode = request.headers.get("x-glm52-mode") or service.options.mode
     if mode and isinstance(body, dict) and dialect is not TEXT:
         body["mode"] = body.get("mode") or mode
-    chat = dialect.read(body, service.defaults)
+    chat, entry = dialect.read(body, service.defaults), request.state.entry
+    entry.own_id = chat.request_id
+    chat = replace(chat, request_id=chat.request_id or entry.id)
     _check_strict(request, chat.ignored)
     service.check_model(chat.model, any_of=dialect.foreign)
     return chat
@@ -216,13 +222,15 @@ def _dialect_of(path: str) -> Dialect:
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
-    known = request.state.entry.error = as_request_error(error)
+    known, dialect = as_request_error(error), _dialect_of(request.url.path)
+    request.state.entry.error = known
     headers = {"retry-after": "1"} if known.status in (429, 503) else {}
     if known.code == "shutting_down" or known.status == 500:  # after which uvicorn hangs up
         headers["connection"] = "close"
     if isinstance(error, HTTPException):
         headers |= dict(error.headers or {})
-    return JSONResponse(_dialect_of(request.url.path).error(known), known.status, headers=headers)
+    signature = {"request_id": request.state.entry.id} if dialect.signs_errors else {}
+    return JSONResponse(dialect.error(known) | signature, known.status, headers=headers)
 
 
 def create_app(service: Service) -> ASGIApp:

@@ -126,9 +126,9 @@ class ChatRequest:
     """A conversation to continue, or ``prompts`` (texts or token ids) to continue as they stand.
 
     structure: the form the answer must have. ignored: fields of the body that were accepted and have no meaning here.
-    ends_loops: whether a reply that goes round in circles is ended. n: answers for each prompt. request_id: the
-    client's own. show_reasoning: whether it wants to see it. whole_calls: calls are streamed complete. raw: what the
-    dialect wants to remember of the body for its answer."""
+    ends_loops: whether a reply that goes round in circles is ended. n: answers for each prompt. request_id: as the
+    client calls it, or as the log does. show_reasoning: whether it wants to see it. whole_calls: calls are streamed
+    complete. raw: what the dialect wants to remember of the body for its answer."""
 
     model: str
     params: SamplingParams
@@ -146,7 +146,7 @@ class ChatRequest:
     echo: bool = False
     ends_loops: bool = True
     n: int = 1
-    request_id: str | None = None
+    request_id: str = ""
     ignored: tuple[str, ...] = ()
     raw: Json = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         chat.temperature = 0.0
     return replace(
         openai.translate(chat, defaults), whole_calls=not chat.tool_stream,
-        request_id=chat.request_id,
+        request_id=chat.request_id or "",
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Writer(openai.Writer):
         return [(None, error_payload(error))]
 
     def _envelope(self, kind: str) -> Json:
-        return super()._envelope(kind) | {"request_id": self.request.request_id or self.id}
+        return super()._envelope(kind) | {"request_id": self.request.request_id}
 
     def finish_reason(self, answer: Answer) -> str:
         return "model_context_window_exceeded" if answer.reason == "context" else super().finish_reason(answer)
