@@ -28,7 +28,7 @@ def server() -> Iterator[tuple[Script, str]]:
         yield script, url
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def script(server: tuple[Script, str]) -> Script:
     script, _ = server
     script.text, script.stride, script.error = "Let me see.</think>Hello!", 1, None
@@ -843,17 +843,6 @@ def test_a_client_may_want_its_loops(script: Script, http: httpx.Client, path: s
         assert (script.params[-1].repetition is not None) is ends
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_an_error_in_mid_stream_is_an_event(script: Script, http: httpx.Client, path: str) -> None:
-    script.text, script.error = "</think>Half a", "broken"
-    name, data = sse(http.post(path, json=PATHS[path] | {"stream": True}).text)[-1]
-    if path == "/v1/responses":
-        failed = json.loads(data)["response"]
-        assert (name, failed["status"], failed["error"]["message"]) == ("response.failed", "failed", "broken")
-    else:
-        assert _said(path, json.loads(data))[0] == "broken" and name == ("error" if "messages" in path else None)
-
-
 def test_errors_of_messages_name_their_request(script: Script, http: httpx.Client) -> None:
     """As Anthropic's own do, whole, in a stream and of the routes beside."""
     wrong = PATHS["/v1/messages"] | {"temperature": 9.0}
@@ -865,6 +854,17 @@ def test_errors_of_messages_name_their_request(script: Script, http: httpx.Clien
     reply = http.post("/v1/messages", json=PATHS["/v1/messages"] | {"stream": True}, headers={"x-request-id": "mine"})
     assert json.loads(sse(reply.text)[-1][1])["request_id"] == reply.headers["request-id"] == "mine"
     assert "request_id" not in http.post("/v1/chat/completions", json=wrong).json()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_error_in_mid_stream_is_an_event(script: Script, http: httpx.Client, path: str) -> None:
+    script.text, script.error = "</think>Half a", "broken"
+    name, data = sse(http.post(path, json=PATHS[path] | {"stream": True}).text)[-1]
+    if path == "/v1/responses":
+        failed = json.loads(data)["response"]
+        assert (name, failed["status"], failed["error"]["message"]) == ("response.failed", "failed", "broken")
+    else:
+        assert _said(path, json.loads(data))[0] == "broken" and name == ("error" if "messages" in path else None)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -892,6 +892,11 @@ def test_overflow_says_the_numbers(script: Script, http: httpx.Client, path: str
     assert len(script.prompts) == prompts
 
 
+CHOSEN: Any = {"type": "function", "function": {"name": "get_weather"}}
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "x", "foo": 1, "schema": {
+    "type": "object", "x-mine": {"a": 1}}}}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "named"),
     [
@@ -910,6 +915,38 @@ def test_overflow_says_the_numbers(script: Script, http: httpx.Client, path: str
             "reasoning.efort, text.x",
         ),
         ("/v1/messages", {"output_config": {"efort": "low"}}, "output_config.efort"),
+        ("/v1/chat/completions", {"response_format": FORM}, "response_format.json_schema.foo"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        (
+            "/v1/chat/completions",
+            {"tools": [WEATHER], "tool_choice": {**CHOSEN, "foo": 1, "function": {"name": "get_weather", "bar": 1}}},
+            "tool_choice.foo, tool_choice.function.bar",
+        ),
+        ("/api/paas/v4/chat/completions", {"response_format": FORM}, "response_format.json_schema.foo"),
+        ("/v1/responses", {"text": {"format": {**FORM["json_schema"], "type": "json_schema"}}}, "text.format.foo"),
+        (
+            "/v1/responses",
+            {"tools": [RESPONSES_TOOL], "tool_choice": {"type": "function", "name": "get_weather", "foo": 1}},
+            "tool_choice.foo",
+        ),
+        ("/v1/messages", {"tool_choice": {"type": "auto", "foo": 1}}, "tool_choice.foo"),
+        ("/v1/messages", {"output_format": {"type": "json_schema", "schema": {}, "foo": 1}}, "output_format.foo"),
+        (
+            "/v1/messages",
+            {"output_config": {"format": {"type": "json_schema", "schema": {}, "foo": 1, "bar": None}}},
+            "output_config.format.foo",
+        ),
+        (
+            "/v1/messages",
+            {
+                "context_management": {
+                    "edits": [{"type": "clear_thinking_20251015"}, {"type": "clear_tool_uses_20250919"}]
+                }
+            },
+            "context_management.edits.1 (clear_tool_uses_20250919)",
+        ),
+        ("/v1/responses", {"context_management": [{"type": "compaction"}]}, "context_management.0 (compaction)"),
+        ("/v1/messages", {"metadata": {"user_id": "x", "foo": 1}}, None),
         ("/v1/messages/count_tokens", {"foo": 1, "thinking": {"type": "adaptive", "x": 1}}, "foo, thinking.x"),
         ("/tokenize", {"bogus": 1, "chat_template_kwargs": {"x": 1}}, "bogus, chat_template_kwargs.x"),
         ("/tokenize", {"prompt": "Hi", "messages": None, "foo": 1}, "foo"),

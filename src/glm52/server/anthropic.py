@@ -7,7 +7,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic_core import from_json
 
@@ -25,6 +25,7 @@ from glm52.server.request import (
     Defaults,
     Frame,
     Json,
+    Known,
     Sampling,
     Template,
     Usage,
@@ -57,10 +58,10 @@ class MessagesBody(Sampling, thinking.ThinkingFields):
     system: str | list[Json] | None = None
     max_tokens: int | None = None
     tools: list[_Tool] | None = None
-    tool_choice: Json | None = None
+    tool_choice: Annotated[Json | None, Known("type", "name", "disable_parallel_tool_use")] = None
     stop_sequences: list[str] | None = None
     repetition_detection: bool | None = None
-    output_format: Json | None = None
+    output_format: Annotated[Json | None, Known(*thinking.FORM)] = None
     stream: bool | None = None
     metadata: Json | None = None
 
@@ -87,7 +88,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         structure=_structure(b),
         stream=bool(b.stream),
         ends_loops=b.repetition_detection is not False,
-        ignored=(*unknown_fields(b), *skipped, *left_out(unsaid)),
+        ignored=(*unknown_fields(b), *thinking.unmade_edits(b), *skipped, *left_out(unsaid)),
     )  # fmt: skip
 
 

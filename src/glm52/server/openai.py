@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,7 @@ from glm52.server.request import (
     Defaults,
     Frame,
     Json,
+    Known,
     Sampling,
     Template,
     ToolChoice,
@@ -52,6 +53,9 @@ MAX_ANSWERS = 8
 _WORDLESS_PARTS = ("text", "thinking", "redacted_thinking", "reasoning")
 # Parts without text that the template has words for.
 _TEMPLATE_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "tool_reference")
+# What tool_choice may hold, nested as in chat completions, flat as in responses.
+CHOICE = ("type", "function.name", "allowed_tools.mode", "allowed_tools.tools", "name", "mode", "tools")
+SCHEMA = ("name", "description", "schema", "strict")
 # Names of vLLM's for forms, and ours.
 _FORMS: dict[str, Literal["json_schema", "regex", "grammar", "choice"]] = {
     "json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"
@@ -118,7 +122,7 @@ class _Tool(Body):
 
 class _Format(Body):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: Json | None = None
+    json_schema: Annotated[Json | None, Known(*SCHEMA)] = None
 
 
 class ChatBody(SharedBody, thinking.ThinkingFields):
@@ -126,7 +130,7 @@ class ChatBody(SharedBody, thinking.ThinkingFields):
 
     messages: list[_Message]
     tools: list[_Tool] | None = None
-    tool_choice: str | Json | None = None
+    tool_choice: Annotated[str | Json | None, Known(*CHOICE)] = None
     parallel_tool_calls: bool | None = None
     response_format: _Format | None = None
     max_tokens: int | None = None
@@ -166,7 +170,7 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
         ends_loops=chat.repetition_detection is not False,
         include_usage=wants_usage(chat),
         n=num_answers(chat),
-        ignored=(*unknown_fields(chat), *skipped),
+        ignored=(*unknown_fields(chat), *thinking.unmade_edits(chat), *skipped),
     )  # fmt: skip
 
 

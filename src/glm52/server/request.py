@@ -27,6 +27,23 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
+class Known:
+    """Beside a field that stays the dict it came as: what may stand in it, by paths. Below a path that goes on no
+    further anything may."""
+
+    def __init__(self, *paths: str) -> None:
+        self.paths = paths
+
+    def unknown(self, given: Json, at: str = "") -> list[str]:
+        found = []
+        for path, inner in ((f"{at}{key}", inner) for key, inner in sorted(given.items()) if inner is not None):
+            if isinstance(inner, dict) and any(p.startswith(f"{path}.") for p in self.paths):
+                found += self.unknown(inner, f"{path}.")
+            elif path not in self.paths:
+                found.append(path)
+        return found
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -47,12 +64,15 @@ def validated(kind: type[Model], body: Any) -> Model:
 
 def unknown_fields(body: Body) -> list[str]:
     """Paths of the fields that nobody knows, also of those inside of others. Messages and tools are lists, which the
-    template may show whole, so nobody looks into them."""
+    template may show whole, so nobody looks into them, nor into schemas."""
     found = sorted(name for name, value in (body.model_extra or {}).items() if value is not None)
-    for name in type(body).model_fields:
+    for name, info in type(body).model_fields.items():
         inner = getattr(body, name)
         if isinstance(inner, Body):
             found += [f"{name}.{path}" for path in unknown_fields(inner)]
+        elif isinstance(inner, dict):
+            known = (k for k in info.metadata if isinstance(k, Known))
+            found += [f"{name}.{path}" for k in known for path in k.unknown(inner)]
     return found
 
 

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic_core import from_json
 
@@ -29,7 +29,7 @@ from glm52.errors import ContextOverflow, RequestError
 from glm52.grammar import LARK, Grammar
 from glm52.ids import new_id
 from glm52.server import thinking
-from glm52.server.openai import TextTokens, logprobs_payload, tool_choice, usage_details
+from glm52.server.openai import CHOICE, SCHEMA, TextTokens, logprobs_payload, tool_choice, usage_details
 from glm52.server.request import (
     Answer,
     Body,
@@ -37,6 +37,7 @@ from glm52.server.request import (
     Defaults,
     Frame,
     Json,
+    Known,
     Sampling,
     Usage,
     left_out,
@@ -77,7 +78,7 @@ class _Called:
 
 
 class _Text(Body):
-    format: Json | None = None
+    format: Annotated[Json | None, Known("type", *SCHEMA)] = None
     verbosity: str | None = None
 
 
@@ -90,7 +91,7 @@ class ResponsesBody(Sampling, thinking.ThinkingFields):
     max_output_tokens: int | None = None
     repetition_detection: bool | None = None
     tools: list[_Tool] | None = None
-    tool_choice: str | Json | None = None
+    tool_choice: Annotated[str | Json | None, Known(*CHOICE, "namespace")] = None
     parallel_tool_calls: bool | None = None
     text: _Text | None = None
     top_logprobs: int | None = None
@@ -135,7 +136,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
         structure=_structure(b),
         stream=bool(b.stream),
         ends_loops=b.repetition_detection is not False,
-        ignored=(*unknown_fields(b), *skipped, *unsaid),
+        ignored=(*unknown_fields(b), *thinking.unmade_edits(b), *skipped, *unsaid),
         raw=body | {"encrypted": "reasoning.encrypted_content" in include, "called": called},
     )  # fmt: skip
 

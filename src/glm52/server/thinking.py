@@ -12,14 +12,15 @@ tested against ``read``:
     mode      coding: preserved, Max, and sampling for tools; anything said explicitly still wins
 """
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from glm52.chat import BUDGETS, Thinking
 from glm52.errors import RequestError
-from glm52.server.request import Body
+from glm52.server.request import Body, Known
 
 OFF = ("none", "minimal")
 HIGH = ("low", "medium", "high")
+FORM = ("type", "schema")  # of an answer, as Anthropic's clients ask for it
 EFFORTS = (*OFF, *HIGH, "xhigh", "max")
 _T = TypeVar("_T")
 
@@ -41,7 +42,7 @@ class _Reasoning(Body):
 
 class _Output(Body):
     effort: str | None = None
-    format: dict[str, Any] | None = None
+    format: Annotated[dict[str, Any] | None, Known(*FORM)] = None
 
 
 class _Template(Body):
@@ -102,6 +103,15 @@ def read(body: ThinkingFields) -> Thinking:
     line: Literal["high", "max"] = "high" if effort in HIGH else "max"
     allowed = BUDGETS[line] if budget in (None, -1) else budget  # -1 is how some clients say 'as you see fit'
     return Thinking(enabled=not off, effort=line, clear=clear, budget=None if off else allowed)
+
+
+def unmade_edits(body: ThinkingFields) -> list[str]:
+    """Places and types of edits of the context that nobody makes here."""
+    at, given = "context_management", body.context_management
+    if isinstance(given, _Management):
+        at, given = f"{at}.edits", given.edits
+    kinds = [str(e.get("type")) if isinstance(e, dict) else "?" for e in given or []]
+    return [f"{at}.{i} ({kind})" for i, kind in enumerate(kinds) if not kind.startswith("clear_thinking")]
 
 
 def is_shown(body: ThinkingFields) -> bool:
