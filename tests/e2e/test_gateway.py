@@ -24,7 +24,7 @@ from glm52.server.service import Service
 from glm52.server.upstream import Host, Upstream, meet
 from glm52.session import Session
 from tests.scripted import END_THINK, TOKENIZER
-from tests.serving import PATHS, TEMPLATE, WEATHER, ask, running, schema_fields
+from tests.serving import PATHS, TEMPLATE, WEATHER, ask, running, schema_fields, sse
 
 THINKS = "I think. I go on. " * 400
 CALL = "Hm.</think><tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value></tool_call>"
@@ -65,12 +65,25 @@ class Fake:
             return PlainTextResponse("CUDA out of memory", 500)
         if self.fault == "429":
             return PlainTextResponse("too many", 429)
+        if self.bodies[-1].get("echo"):
+            return JSONResponse(self._echo(self.bodies[-1]))
         lines = self._lines(self.bodies[-1])
         if self.bodies[-1]["stream"]:
             return StreamingResponse(lines, media_type="text/event-stream")
         events = [json.loads(line.removeprefix("data:")) async for line in lines]
         ids = [t for e in events for t in e.get("tokens", [])]
         return JSONResponse(events[-1] | {"tokens": ids, "content": TOKENIZER.decode(ids)})
+
+    def _echo(self, body: Any) -> Any:
+        """A prompt and the one token after it, each less likely than the one before; the first has no probability."""
+        ids = [*body["prompt"], *TOKENIZER.encode(self.answer)[: body["max_tokens"]]]
+        if self.fault == "unscored":
+            ids = ids[-1:]
+        names = [f"token_id:{i}" if self.kind == "vllm" else TOKENIZER.decode([i]) for i in ids]
+        own = [None, *(-float(at) for at in range(1, len(ids)))]
+        top = [None, *({name: p, names[0]: -0.25} for name, p in zip(names[1:], own[1:], strict=True))]
+        said = {"tokens": names, "token_logprobs": own, "top_logprobs": top}
+        return {"choices": [{"text": TOKENIZER.decode(ids), "finish_reason": "length", "logprobs": said}]}
 
     async def _lines(self, body: Any) -> AsyncIterator[str]:
         self.num_open += 1
@@ -285,9 +298,29 @@ def test_log_probabilities_are_those_of_upstream(fake: tuple[Fake, httpx.Client]
     likeliest = TOKENIZER.decode([7])
     assert all(e["logprob"] == -1.5 for e in entries)
     assert all([(t["token"], t["logprob"]) for t in e["top_logprobs"]] == [(likeliest, -0.25)] for e in entries)
-    scored = {"prompt": "Hi", "echo": True, "max_tokens": 1, "logprobs": 1}
-    reply = client.post("/v1/completions", json=scored)
-    assert reply.status_code == 400 and "upstream" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_prompts_are_those_of_upstream(fake: tuple[Fake, httpx.Client], stream: bool) -> None:
+    """They were refused whatever the upstream; llama.cpp alone has none."""
+    upstream, client = fake
+    upstream.thought, ids = "", TOKENIZER.encode("one two three")
+    body = {"prompt": ids, "echo": True, "max_tokens": 2, "logprobs": 1, "stream": stream}
+    reply = client.post("/v1/completions", json=body)
+    if upstream.kind == "llamacpp":
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, "logprobs") and "leave out echo" in error["message"]
+        return
+    said = json.loads(sse(reply.text)[0][1] if stream else reply.text)["choices"][0]
+    told, pieces = said["logprobs"], [TOKENIZER.piece(i) for i in ids]
+    assert said["text"].startswith("one two three") and told["tokens"][: len(ids)] == pieces
+    assert told["token_logprobs"] == [None, *(-float(at) for at in range(1, len(ids))), -1.5, -1.5]
+    assert told["top_logprobs"][1] == {pieces[0]: -0.25, pieces[1]: -1.0}
+    asked = upstream.bodies[-2]
+    assert (asked["prompt"], asked["echo"], asked["logprobs"]) == (ids, True, 1) and not upstream.bodies[-1].get("echo")
+    for fault, status in (("unscored", 502), ("429", 429), ("500", 502)):
+        upstream.fault = fault
+        assert client.post("/v1/completions", json=body).status_code == status
 
 
 def test_log_probabilities_that_upstream_does_not_tell(fake: tuple[Fake, httpx.Client]) -> None:
@@ -367,6 +400,18 @@ def test_log_probabilities_over_our_own_server(own: tuple[str, str], fields: Any
     for one, other in zip(behind, before, strict=True):
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
         assert [t["token"] for t in one["top_logprobs"]] == [t["token"] for t in other["top_logprobs"]]
+
+
+def test_log_probabilities_of_prompts_over_our_own_server(own: tuple[str, str]) -> None:
+    body = {"prompt": ["What is 3+4?", "One more."], "echo": True, "max_tokens": 0, "logprobs": 2}
+    replies = [httpx.post(f"{base}/v1/completions", json=body, timeout=60).json()["choices"] for base in own]
+    for behind, before in zip(*replies, strict=True):
+        assert (behind["text"], behind["logprobs"]["tokens"]) == (before["text"], before["logprobs"]["tokens"])
+        both = [c["logprobs"]["token_logprobs"] for c in (behind, before)]
+        assert both[0][0] is both[1][0] is None and both[0][1:] == pytest.approx(both[1][1:], abs=1e-4)
+        assert behind["logprobs"]["top_logprobs"][1:] == [
+            pytest.approx(top, abs=1e-4) for top in before["logprobs"]["top_logprobs"][1:]
+        ]
 
 
 def test_every_dialect_over_our_own_server(own: tuple[str, str]) -> None:

@@ -6,7 +6,8 @@ the stream is cut and the reply goes on from the same tokens with ``</think>`` a
 form of the answer does not let stand, the stream is cut before it, and upstream chooses one more token among those that
 may stand (a bias of 100 for them). That is what a mask makes of the same logits: the greedy choice is the same, and a
 token drawn, and drawn again where it may not stand, has the distribution of one drawn behind a mask (but for top_p and
-top_k, which cut before it). Log probabilities are the upstream's own; those of a prompt are refused.
+top_k, which cut before it). Log probabilities are the upstream's own; those of a prompt come from a request of their
+own, which llama.cpp has no words for.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -107,13 +108,15 @@ class Upstream:
 
     async def generate(self, tokens: Iterable[int], params: SamplingParams) -> AsyncIterator[Event]:
         """Events of one reply until its finish_reason."""
-        if params.prompt_logprobs is not None:
-            raise RequestError("logprobs: those of the prompt are not available through an upstream server",
-                               param="logprobs")  # fmt: skip
+        if params.prompt_logprobs is not None and self.is_llama:
+            raise RequestError("logprobs: llama.cpp, which computes here, tells none of the prompt; leave out echo, or "
+                               "logprobs", param="logprobs")  # fmt: skip
         if params.grammar is not None:
             await asyncio.to_thread(self._matchers.compile, params.grammar)
         seq, choices, is_first = self._new_sequence(list(tokens), params), None, True
         async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout) as client:
+            if params.prompt_logprobs is not None:
+                seq.prompt_logprobs = await self._score(client, seq.prompt, params.prompt_logprobs)
             while seq.finish_reason is None:
                 length = len(seq.tokens)
                 replies = self._follow(client, seq, choices, is_first)
@@ -138,6 +141,22 @@ class Upstream:
             id=0, prompt=prompt, params=params, seed=0, tokens=list(prompt), max_tokens=limit,
             detokenizer=self._tokenizer.stream(), guide=Guide(params, prompt, limit, self._eos, self._marks, matcher),
         )  # fmt: skip
+
+    async def _score(self, client: httpx.AsyncClient, prompt: list[int], count: int) -> list[TokenLogprob | None]:
+        """One for each token of the prompt but the first. Upstream computes a token after it that nobody reads,
+        and at least one alternative, since SGLang takes 0 for none."""
+        body = {
+            "model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "echo": True,
+            "logprobs": max(count, 1), "return_tokens_as_token_ids": True, "stream": False,
+        }  # fmt: skip
+        with _named(self.url):
+            reply = await client.post(f"{self.url}/v1/completions", json=body)
+            _check_status(reply.status_code, reply.text)
+            told = _parsed(parse_echo, reply.text).logprobs
+        if len(told) < len(prompt) - 1:
+            raise RequestError("the upstream server tells no log probabilities of prompts", status=502,
+                               code="upstream_error")  # fmt: skip
+        return [None, *(self._scored(t, p, top, count) for t, (p, top) in zip(prompt[1:], told, strict=False))]
 
     async def _follow(
         self, client: httpx.AsyncClient, seq: Sequence, choices: list[int] | None, is_first: bool
@@ -179,11 +198,13 @@ class Upstream:
         if ids and not told and not self.is_llama:
             raise RequestError("the upstream server tells no log probabilities", status=502, code="upstream_error")
         out = [TokenLogprob(token, _UNTOLD, {}) for token in ids[: max(len(ids) - len(told), 0)]]
-        for token, (own, top) in zip(ids[len(out) :], told, strict=False):
-            likeliest = sorted(top.items(), key=lambda item: -item[1])[:count]
-            named = {self._id(name): p for name, p in likeliest}
-            out.append(TokenLogprob(token, own, {i: p for i, p in named.items() if i is not None}))
-        return out
+        return out + [self._scored(t, p, top, count) for t, (p, top) in zip(ids[len(out) :], told, strict=False)]
+
+    def _scored(self, token: int, own: float, top: dict[str, float], count: int) -> TokenLogprob:
+        """A token with the likeliest that upstream names."""
+        likeliest = sorted(top.items(), key=lambda item: -item[1])[:count]
+        named = {self._id(name): p for name, p in likeliest}
+        return TokenLogprob(token, own, {i: p for i, p in named.items() if i is not None})
 
     def _id(self, name: str) -> int | None:
         """``token_id:N``, or a text that is one token."""
@@ -333,6 +354,12 @@ def parse_completion(line: str) -> Piece:
     own = told.get("token_logprobs") or []
     logprobs = [(p, top or {}) for p, top in zip(own, told.get("top_logprobs") or [None] * len(own), strict=False)]
     return Piece(choice.get("text") or "", choice.get("token_ids"), finish, details.get("cached_tokens"), logprobs)
+
+
+def parse_echo(line: str) -> Piece:
+    """A prompt that comes back with its log probabilities; its first token has none. Pure."""
+    piece = parse_completion(line)
+    return replace(piece, logprobs=piece.logprobs[1:])
 
 
 def parse_llama(line: str) -> Piece:
