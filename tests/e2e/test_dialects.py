@@ -502,6 +502,60 @@ def test_forms_of_free_text_are_held(script: Script, http: httpx.Client) -> None
         assert post(wrong).json()["error"]["param"] == "tools.0.format"
 
 
+SEARCH: Any = {"type": "tool_search", "execution": "client", "description": "Find tools.", "parameters": {
+    "type": "object", "properties": {"query": {"type": "string"}, "limit": {"type": "integer"}}}}  # fmt: skip
+SEARCH_CALL = ("<tool_call>tool_search<arg_key>query</arg_key><arg_value>weather</arg_value>"
+               "<arg_key>limit</arg_key><arg_value>3</arg_value></tool_call>")  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 99])
+def test_the_search_for_tools_is_the_clients(script: Script, gpt: openai.OpenAI, stride: int) -> None:
+    """Codex under the name of a model of OpenAI's: the search was dropped, and what it had found an error."""
+    script.text, script.stride = f"I look.</think>{SEARCH_CALL}", stride
+    later = {**RESPONSES_TOOL, "name": "later", "defer_loading": True}
+    fields: Any = {"model": "nano", "input": USER, "tools": [SEARCH, later]}
+    whole = gpt.responses.create(**fields).output[1]
+    assert (whole.type, whole.execution, whole.status) == ("tool_search_call", "client", "completed")
+    assert whole.arguments == {"query": "weather", "limit": 3} and whole.call_id
+    assert '"name": "tool_search", "description": "Find tools."' in script.prompts[-1]
+    assert '"name": "later"' not in script.prompts[-1]
+    events = list(gpt.responses.create(**fields, stream=True))
+    items = [e.item for e in events if e.type.startswith("response.output_item") and e.item.type == "tool_search_call"]
+    assert [i.arguments for i in items] == [{}, whole.arguments]
+    assert not any("arguments" in e.type for e in events) and events[-1].response.output[1] == items[1]
+    found: Any = {"type": "tool_search_output", "call_id": whole.call_id, "execution": "client", "status": "completed",
+                  "tools": [NOTES, {"type": "mcp", "server_label": "x"}]}  # fmt: skip
+    script.text = f"</think>{NOTES_CALL}"
+    fields["input"] = [*USER, whole.model_dump(exclude_none=True), found]
+    reply = gpt.responses.with_raw_response.create(**fields)
+    call = reply.parse().output[-1]
+    assert (call.name, call.namespace) == ("get_weather", "mcp__notes")
+    assert reply.headers["x-glm52-ignored"] == "input.2.tools.1 (mcp)"
+    head, shown = script.prompts[-1].split(f"{SEARCH_CALL}<|observation|><tool_response><tools>\n")
+    assert "mcp__notes__list" not in head and "tool_search" in head and shown.count('"name": "mcp__notes__') == 2
+
+
+def test_tools_may_come_in_the_input(script: Script, http: httpx.Client) -> None:
+    """Those that OpenAI's servers searched for are named; what they found can be called all the same."""
+    call = {"type": "tool_search_call", "execution": "server", "arguments": {"paths": ["x"]}}
+    found = {"type": "tool_search_output", "execution": "server", "tools": [RESPONSES_TOOL]}
+    more = {"type": "additional_tools", "role": "developer", "tools": [NOTES, SEARCH]}
+    script.text = f"</think>{NOTES_CALL}"
+    reply = http.post("/v1/responses", json={"input": [more, *USER, call, found, more]})
+    assert reply.json()["output"][0]["namespace"] == "mcp__notes"
+    assert reply.headers["x-glm52-ignored"] == "input.2 (tool_search_call)"
+    for name in ("get_weather", "mcp__notes__get_weather", "mcp__notes__list", "tool_search"):
+        assert script.prompts[-1].count(f'"name": "{name}"') == 1
+    hosted = {"tools": [{"type": "tool_search"}, {**RESPONSES_TOOL, "defer_loading": True}]}
+    reply = http.post("/v1/responses", json={"input": "Hi", **hosted})
+    assert reply.headers["x-glm52-ignored"] == "tools.0 (tool_search)" and '"get_weather"' in script.prompts[-1]
+    for wrong, param in (({"tools": [{"type": "function"}]}, "input.0.tools.0.name"), ({"tools": 5}, "input.0.tools"),
+                         ({"tools": [{"type": "custom", "name": "get_weather"}]}, "input.0.tools.0.name")):  # fmt: skip
+        body = {"input": [{"type": "additional_tools", **wrong}, *USER], "tools": [RESPONSES_TOOL]}
+        error = http.post("/v1/responses", json=body).json()["error"]
+        assert error["param"] == param and error["message"].startswith(f"{param}: ")
+
+
 # ── Anthropic messages ───────────────────────────────────────────────────────────────────────────────────────────
 
 

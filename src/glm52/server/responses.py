@@ -2,7 +2,8 @@
 
 Nothing is stored: a client sends its whole conversation. Reasoning goes out as text or, where the client asks for a
 summary, as that; where it asks for it encrypted, also as an opaque string that it can send back. The model knows a
-namespace's tools as ``namespace__name`` and custom tools as functions of one string; the client reads its own forms.
+namespace's tools as ``namespace__name``, custom tools as functions of one string and the client's search for tools as a
+function; the client reads its own forms.
 """
 
 import base64
@@ -51,13 +52,17 @@ _OPAQUE = "glm52:"
 # Ends of a reply that is not whole, and what the dialect calls them.
 _CUT = {"length": "max_output_tokens", "context": "max_output_tokens", "repetition": "repetition",
         "grammar": "grammar"}  # fmt: skip
-# Items of calls: where each has its text, and the events that tell it.
+# Types of tools, and of the items of their calls.
+_ITEMS = {"function": "function_call", "custom": "custom_tool_call", "tool_search": "tool_search_call"}
+# Items of calls whose text grows: where each has it, and the events that tell it.
 _CALLS = {"function_call": ("arguments", "response.function_call_arguments"),
           "custom_tool_call": ("input", "response.custom_tool_call_input")}  # fmt: skip
+_PREFIXES = {"function_call": "fc", "custom_tool_call": "ctc", "tool_search_call": "tsc"}
+_SEARCH = "tool_search"  # what the model calls the client's search
 
 
 class _Tool(Body):
-    """tools: of a namespace. format: of the text that a custom tool takes."""
+    """tools: of a namespace. format: of the text that a custom tool takes. execution: of a search for tools."""
 
     type: str
     name: str | None = None
@@ -65,16 +70,29 @@ class _Tool(Body):
     parameters: Json | None = None
     tools: list["_Tool"] | None = None
     format: Json | None = None
+    execution: str | None = None
+    defer_loading: bool | None = None
+
+    @property
+    def is_search(self) -> bool:
+        """Whether it is the client that searches."""
+        return self.type == "tool_search" and self.execution == "client"
+
+
+class _Loading(Body):
+    """An item of the input that brings tools."""
+
+    tools: list[_Tool] | None = None
 
 
 @dataclass(frozen=True)
 class _Called:
     """What a client calls a tool. The model knows it by one name, see ``_flat``, and calls every tool with arguments:
-    a custom one takes free text, which is its only argument, ``input``."""
+    a custom one takes free text, which is its only argument, ``input``. item: the type of its calls."""
 
     name: str
     namespace: str | None = None
-    is_custom: bool = False
+    item: str = "function_call"
 
 
 class _Text(Body):
@@ -113,7 +131,7 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
             raise RequestError(f"{name}: nothing is stored here; send the whole conversation as input", param=name)
     if b.background:
         raise RequestError("background: responses are not stored here; use stream", param="background")
-    tools, called, skipped = _tools(b.tools or [])
+    tools, called, skipped = _tools(b.tools or [], b.input)
     choice = tool_choice(_choice(b.tool_choice, called), tools)
     first = [{"role": "system", "content": b.instructions}] if b.instructions else []
     said, unsaid = _messages(b.input)
@@ -144,44 +162,77 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
 # ── Tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tools(given: Sequence[_Tool]) -> tuple[list[Json] | None, dict[str, _Called], list[str]]:
+def _tools(
+    given: Sequence[_Tool], items: str | list[Json]
+) -> tuple[list[Json] | None, dict[str, _Called], list[str]]:  # fmt: skip
     """Definitions in the form the template knows, what the client calls those it names, and which tools only OpenAI's
-    own servers could run."""
+    own servers could run. Tools also come inside the input: those that a search found are shown where it did."""
     kept: list[Json] = []
     called: dict[str, _Called] = {}
     skipped = []
-    for at, namespace, tool in _each(given):
-        if tool.type not in ("function", "custom"):
-            skipped.append(f"{at} ({tool.type})")
-            continue
-        if not tool.name:
-            raise RequestError(f"{at}.name: Field required", param=f"{at}.name")
-        flat, own = _flat(tool.name, namespace), _Called(tool.name, namespace, tool.type == "custom")
-        if called.setdefault(flat, own) != own:
-            raise RequestError(f"{at}.name: the model knows this tool as {flat!r}, and another by the same name; "
-                               "call one of them otherwise", param=f"{at}.name")  # fmt: skip
-        function: Json = {"name": flat, "description": tool.description or ""}
-        if tool.type == "custom":
-            properties = {"input": _free_text(tool.format or {}, f"{at}.format")}
-            function["parameters"] = {"type": "object", "properties": properties, "required": ["input"],
-                                      "additionalProperties": False}  # fmt: skip
-        elif tool.parameters is not None:
-            function["parameters"] = tool.parameters
-        kept.append({"type": "function", "function": function})
+    sources = [("tools", given, False), *_loaded(items)]
+    hides = any(tool.is_search for _, tools, _ in sources for tool in tools)
+    for place, tools, is_found in sources:
+        for at, namespace, tool in _each(tools, place):
+            if tool.type not in ("function", "custom") and not tool.is_search:
+                skipped.append(f"{at} ({tool.type})")
+                continue
+            name = _SEARCH if tool.is_search else tool.name
+            if not name:
+                raise RequestError(f"{at}.name: Field required", param=f"{at}.name")
+            flat, own = _flat(name, namespace), _Called(name, namespace, _ITEMS[tool.type])
+            is_known = flat in called and place != "tools"
+            if called.setdefault(flat, own) != own:
+                raise RequestError(f"{at}.name: the model knows this tool as {flat!r}, and another by the same name; "
+                                   "call one of them otherwise", param=f"{at}.name")  # fmt: skip
+            if not is_known:
+                is_deferred = is_found or (hides and bool(tool.defer_loading))
+                kept.append({"type": "function", "function": _function(tool, flat, at, is_deferred=is_deferred)})
     return kept or None, called, skipped
 
 
-def _each(given: Sequence[_Tool]) -> Iterator[tuple[str, str | None, _Tool]]:
+def _function(tool: _Tool, name: str, at: str, *, is_deferred: bool) -> Json:
+    function: Json = {"name": name, "description": tool.description or ""}
+    if tool.type == "custom":
+        properties = {"input": _free_text(tool.format or {}, f"{at}.format")}
+        function["parameters"] = {"type": "object", "properties": properties, "required": ["input"],
+                                  "additionalProperties": False}  # fmt: skip
+    elif tool.parameters is not None:
+        function["parameters"] = tool.parameters
+    return function | ({"defer_loading": True} if is_deferred else {})
+
+
+def _each(given: Sequence[_Tool], place: str) -> Iterator[tuple[str, str | None, _Tool]]:
     """Where a tool stands, its namespace, and it. What a namespace says of itself is said by its first tool."""
     for i, outer in enumerate(given):
+        at = f"{place}.{i}"
         if outer.type != "namespace":
-            yield f"tools.{i}", None, outer
+            yield at, None, outer
             continue
         if not outer.name:
-            raise RequestError(f"tools.{i}.name: Field required", param=f"tools.{i}.name")
+            raise RequestError(f"{at}.name: Field required", param=f"{at}.name")
         for j, tool in enumerate(outer.tools or []):
             said = [t for t in (None if j else outer.description, tool.description) if t]
-            yield f"tools.{i}.tools.{j}", outer.name, tool.model_copy(update={"description": "\n\n".join(said)})
+            yield f"{at}.tools.{j}", outer.name, tool.model_copy(update={"description": "\n\n".join(said)})
+
+
+def _loaded(items: str | list[Json]) -> Iterator[tuple[str, Sequence[_Tool], bool]]:
+    """Where the input brings tools, they, and whether a search of the client's found them."""
+    for i, item in enumerate(items if isinstance(items, list) else ()):
+        if item.get("type") in ("additional_tools", "tool_search_output"):
+            yield f"input.{i}.tools", _tools_of(item, f"input.{i}"), _is_answer(item)
+
+
+def _tools_of(item: Json, at: str) -> Sequence[_Tool]:
+    try:
+        return validated(_Loading, item).tools or []
+    except RequestError as error:
+        raise RequestError(f"{at}.{error}", param=f"{at}.{error.param}") from error
+
+
+def _is_answer(item: Json) -> bool:
+    """Whether an item of a search is of one that the client ran; what OpenAI's servers searched answers no call."""
+    return item["type"] != "additional_tools" and item.get("execution") != "server" and bool(item.get("call_id"))
 
 
 def _flat(name: str, namespace: str | None) -> str:
@@ -271,12 +322,20 @@ def _messages(given: str | list[Json]) -> tuple[list[Json], list[str]]:
             _add_call(_turn(out), item, at)
         elif kind == "custom_tool_call":
             _add_call(_turn(out), item | {"arguments": json.dumps({"input": item.get("input")})}, at)
+        elif kind == "tool_search_call" and _is_answer(item):
+            _add_call(_turn(out), item | {"name": _SEARCH, "arguments": json.dumps(item.get("arguments"))}, at)
+        elif kind == "tool_search_output" and _is_answer(item):
+            names = [_flat(t.name or "", space) for _, space, t in _each(_tools_of(item, at), f"{at}.tools")]
+            found = [{"type": "tool_reference", "name": name} for name in names]
+            out.append({"role": "tool", "tool_call_id": item["call_id"], "content": found})
+        elif kind in ("additional_tools", "tool_search_output"):  # whose tools were read before
+            continue
         elif kind in ("function_call_output", "custom_tool_call_output"):
             content = _content(item.get("output"), f"{at}.output")
             out.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
         elif kind == "item_reference":
             raise RequestError(f"{at}: items are not stored here; send them whole", param=at)
-        elif kind == "web_search_call":  # what was found is said in the message after it
+        elif kind in ("web_search_call", "tool_search_call"):  # what was found is said after it
             unsaid.append((at, kind))
         else:
             raise RequestError(f"{at}: expected a message, reasoning, or a call of a function or its output, found "
@@ -357,7 +416,7 @@ class Writer:
         self._untold: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
         self._calls_said = 0
         self._texts = TextTokens(request, tokenizer)
-        self._arguments = ""  # of the open call of a custom tool, but for the text of its input
+        self._arguments = ""  # of the open call of a search, or of a custom tool but for the text of its input
         self.response: Json = {
             "id": new_id("resp_"), "object": "response", "created_at": int(time.time()), "model": model,
             "status": "in_progress", "output": [], "error": None, "incomplete_details": None, "usage": None,
@@ -426,6 +485,9 @@ class Writer:
             case ToolCallStart(_, id, name):
                 return self._open_call(id, self.request.raw["called"][name])
             case ToolCallArguments(_, text):
+                if self._item["type"] not in _CALLS:
+                    self._arguments += text
+                    return []
                 place, kind = _CALLS[self._item["type"]]
                 new = text if place == "arguments" else self._input_delta(text)
                 self._item[place] += new
@@ -469,9 +531,13 @@ class Writer:
         return [*frames, self._event("response.output_item.added", item=_copy(self._item))]
 
     def _open_call(self, id: str, tool: _Called) -> list[Frame]:
-        kind, prefix = ("custom_tool_call", "ctc") if tool.is_custom else ("function_call", "fc")
-        item = {"type": kind, "call_id": id, "name": tool.name, _CALLS[kind][0]: ""}
-        frames = self._open_item(f"call {id}", prefix, item | ({"namespace": tool.namespace} if tool.namespace else {}))
+        item: Json = {"type": tool.item, "call_id": id}
+        if tool.item in _CALLS:
+            item |= {"name": tool.name, _CALLS[tool.item][0]: ""}
+            item |= {"namespace": tool.namespace} if tool.namespace else {}
+        else:
+            item |= {"execution": "client", "arguments": {}}
+        frames = self._open_item(f"call {id}", _PREFIXES[tool.item], item)
         self._calls_said += 1
         self._arguments = ""
         return frames
@@ -520,6 +586,8 @@ class Writer:
             frames.append(self._event("response.output_text.done", content_index=0, text=part["text"],
                                       logprobs=part["logprobs"]))  # fmt: skip
             frames.append(self._event("response.content_part.done", content_index=0, part=_copy(part)))
+        elif self._item["type"] not in _CALLS:
+            self._item["arguments"] = from_json(self._arguments or "{}", allow_partial=True)
         elif not is_cut:
             place, kind = _CALLS[self._item["type"]]
             frames.append(self._event(f"{kind}.done", **{place: self._item[place]}, name=self._item["name"]))
