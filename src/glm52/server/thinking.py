@@ -7,8 +7,9 @@ tested against ``read``:
               minimal, a budget of 0
     effort    reasoning_effort, reasoning.effort, output_config.effort; low, medium and high are High, the rest is Max
     budget    thinking.budget_tokens, reasoning.max_tokens, thinking_budget; else that of the effort
-    clear     clear_thinking, context_management; else left to the template, which keeps the reasoning of a tool loop
-              and drops that of earlier turns (interleaved thinking). False keeps all of it (preserved thinking)
+    clear     clear_thinking, reasoning.context, context_management; else left to the template, which keeps the
+              reasoning of a tool loop and drops that of earlier turns (interleaved thinking). False keeps all of it
+              (preserved thinking)
     mode      coding: preserved, Max, and sampling for tools; anything said explicitly still wins
 """
 
@@ -21,6 +22,7 @@ from glm52.server.request import Body, Known
 OFF = ("none", "minimal")
 HIGH = ("low", "medium", "high")
 FORM = ("type", "schema")  # of an answer, as Anthropic's clients ask for it
+_CONTEXTS = {"all_turns": False, "current_turn": True}  # names of OpenAI's; others leave it to the template
 EFFORTS = (*OFF, *HIGH, "xhigh", "max")
 _T = TypeVar("_T")
 
@@ -37,6 +39,7 @@ class _Reasoning(Body):
     max_tokens: int | None = None
     enabled: bool | None = None
     exclude: bool | None = None
+    context: str | None = None
     summary: str | None = None
 
 
@@ -93,8 +96,8 @@ def read(body: ThinkingFields) -> Thinking:
         if tokens < -1:
             raise RequestError(f"{name}: expected a number of tokens from 0 up, or -1, found {tokens}", param=name)
     clears = [
-        t.clear_thinking, body.clear_thinking, k.clear_thinking, _managed(body.context_management),
-        False if body.mode == "coding" else None,
+        t.clear_thinking, body.clear_thinking, k.clear_thinking, _CONTEXTS.get(r.context or ""),
+        _managed(body.context_management), False if body.mode == "coding" else None,
     ]  # fmt: skip
     effort, budget = next(iter(efforts.values()), None), next(iter(budgets.values()), None)
     clear = next((c for c in clears if c is not None), None)
