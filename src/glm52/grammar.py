@@ -54,11 +54,12 @@ _MOST_UNORDERED = 60  # arguments whose order is free; the set of those given is
 @dataclass(frozen=True)
 class Grammar:
     """source: a grammar for llguidance. param: the field of the request that errors name. warnings: what it leaves
-    open."""
+    open. has_text: whether any text may be said, beside calls."""
 
     source: str
     param: str = "grammar"
     warnings: tuple[str, ...] = ()
+    has_text: bool = False
 
     @staticmethod
     def json_schema(schema: Schema, *, strict: bool = True, param: str = "response_format") -> "Grammar":
@@ -149,7 +150,9 @@ class Grammar:
             several = rules.rule(f"{CALL} ({calls}) {END_CALL}") + ("+" if parallel and choice != "named" else "")
             start = several if choice != "auto" else f"{text} ({several})?" if answer is None else f"{text} | {several}"
         lines = [f"start: {start}", *(f"{name}{body}" for body, name in rules.names.items())]
-        return Grammar("\n".join(lines), param if answer is None else answer.param, tuple(rules.warnings))
+        return Grammar(
+            "\n".join(lines), param if answer is None else answer.param, tuple(rules.warnings), has_text=answer is None
+        )
 
     def _body(self) -> str:
         """The rule of a grammar that has one only."""

@@ -203,6 +203,54 @@ def test_structured_text_is_no_loop(text: str) -> None:
     assert not any(is_loop(tokens[:n], limits) for n in range(LOOK_EVERY, len(tokens), LOOK_EVERY))
 
 
+def stopped_after(text: str, period: str, limits: Repetition, grammar: Grammar | None = None) -> int | None:
+    """Tokens of the period, repeated 3,000 times, until an answer that began with a text is stopped."""
+    prompt, begin = TOKENIZER.encode("<|user|>x<|assistant|><think></think>"), TOKENIZER.encode(text)
+    params = SamplingParams(repetition=limits, grammar=grammar)
+    guide = Guide(params, prompt, 1 << 20, frozenset(EOS), Marks.of(TOKENIZER))
+    loop = TOKENIZER.encode(period) * 3000
+    tokens = [*prompt, *begin]
+    for n, token in enumerate(loop):
+        tokens.append(token)
+        if guide.is_stuck(tokens):
+            return n + 1
+    return None
+
+
+CALL = "<tool_call>write<arg_key>text</arg_key><arg_value>a,b\n"
+TOOLS = Grammar.tool_calls([{"name": "write", "parameters": None}])
+
+
+@pytest.mark.parametrize(
+    ("text", "period", "grammar", "least"),
+    [
+        ("", "0,0,0\n", None, 256),
+        ("", "0,0,0\n", TOOLS, 256),
+        (CALL, "0,0,0\n", TOOLS, 1024),
+        ("[", "0, ", Grammar.json_object(), 1024),
+        (f"{CALL}</arg_value></tool_call>Done.", " Done.", TOOLS, 256),
+        ("", f"{CALL}</arg_value></tool_call>", TOOLS, 256),  # the same call again and again
+    ],
+)
+def test_data_may_repeat_itself_for_longer(text: str, period: str, grammar: Grammar | None, least: int) -> None:
+    """A file of two thousand equal rows was cut off like babble; a loop that does not end is stopped there, too."""
+    count = stopped_after(text, period, SMALL, grammar)
+    longest = max(least, least // 16 * len(TOKENIZER.encode(period)))
+    assert count is not None and least <= count + len(TOKENIZER.encode(text)) and count <= longest + 2 * LOOK_EVERY
+
+
+@pytest.mark.parametrize(("begin", "text", "grammar"), [
+    (CALL, "0,0,0\n" * 2000, TOOLS), (CALL, "id,name,1\n" * 2000, TOOLS), ("", "[" + "0, " * 5000, Grammar.json_object()),
+])  # fmt: skip
+def test_data_that_was_asked_for_is_no_loop(begin: str, text: str, grammar: Grammar) -> None:
+    prompt, tokens = TOKENIZER.encode("<|user|>x<|assistant|><think></think>"), TOKENIZER.encode(text)
+    assert 4096 < len(tokens) < 16_384
+    params = SamplingParams(repetition=Repetition(), grammar=grammar)
+    guide = Guide(params, prompt, 1 << 20, frozenset(EOS), Marks.of(TOKENIZER))
+    said = [*prompt, *TOKENIZER.encode(begin), *tokens]
+    assert not any(guide.is_stuck(said[:n]) for n in range(len(prompt) + LOOK_EVERY, len(said), LOOK_EVERY))
+
+
 @pytest.mark.parametrize("num_drafts", [0, 3])
 def test_a_reply_that_goes_round_is_stopped(num_drafts: int) -> None:
     prompt = TOKENIZER.encode("<|user|>x<|assistant|>")

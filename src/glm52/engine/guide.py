@@ -51,10 +51,11 @@ class Limits:
 
 
 class Marks:
-    """The tokens between which a model thinks."""
+    """The tokens between which a model thinks, and those between which it calls."""
 
     def __init__(self, tokenizer: Tokenizer, think: int, end_think: int) -> None:
         self.think, self.end_think = think, end_think
+        self._call, self._end_call = tokenizer.id("<tool_call>"), tokenizer.id("</tool_call>")
         self.ends_sentence = cache(lambda token: _ends_sentence(tokenizer.piece(token)))
 
     @staticmethod
@@ -68,6 +69,12 @@ class Marks:
     def is_open(self, prompt: Sequence[int]) -> bool:
         """Whether the last mark of a prompt opens the thinking that the reply goes on with."""
         return next((t == self.think for t in reversed(prompt) if t in (self.think, self.end_think)), False)
+
+    def is_in_call(self, tokens: Sequence[int], at_least: int) -> bool:
+        """Whether the last so many tokens, or more, are the inside of one call."""
+        both = (self._call, self._end_call)
+        since = next((n for n, t in enumerate(reversed(tokens)) if t in both), None)
+        return since is not None and since >= at_least and tokens[-1 - since] == self._call
 
 
 def _ends_sentence(text: str) -> bool:
@@ -110,6 +117,7 @@ class Guide:
         budget = params.thinking_budget
         self._limits = None if budget is None else Limits.of(budget, max_tokens)
         self._repetition, self._loop_from = params.repetition, len(prompt)
+        self._begins, self._has_form = len(prompt), params.grammar is not None and not params.grammar.has_text
         self._state = _State(is_reasoning=marks is not None and marks.is_open(prompt))
 
     @property
@@ -208,12 +216,24 @@ class Guide:
         if self._repetition is None or (len(tokens) - self._loop_from) % LOOK_EVERY:
             return False
         limits = self._repetition if self._state.is_reasoning else self._repetition.in_answers
-        if not is_loop(tokens[max(self._loop_from, len(tokens) - limits.longest) :], limits):
+        if not self._is_loop(tokens, limits):
             return False
+        if not self._state.is_reasoning and self._is_data(tokens):
+            return self._is_loop(tokens, self._repetition.in_data)
         if self._state.is_reasoning and self._limits is not None:
             self._limits, self._loop_from = Limits(0, 0), len(tokens)
             return False
         return True
+
+    def _is_loop(self, tokens: Sequence[int], limits: Repetition) -> bool:
+        return is_loop(tokens[max(self._loop_from, len(tokens) - limits.longest) :], limits)
+
+    def _is_data(self, tokens: Sequence[int]) -> bool:
+        """Whether what is repeated is a part of one argument, or of an answer of a given form; not calls themselves."""
+        if self._has_form:
+            return True
+        assert self._repetition is not None
+        return self._marks is not None and self._marks.is_in_call(tokens[self._begins :], self._repetition.max_period)
 
     def _closes(self) -> Closed | None:
         if self._limits is None:

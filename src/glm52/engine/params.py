@@ -16,7 +16,8 @@ from glm52.grammar import Grammar
 class Repetition:
     """When thinking goes round in circles: its end is one period of at most ``max_period`` tokens, exactly repeated at
     least ``min_repeats`` times and for at least ``min_tokens`` tokens. An answer may repeat itself four times as often
-    and as long: a matrix of zeros can be what was asked for."""
+    and as long: a matrix of zeros can be what was asked for. Data, an argument of a call or an answer of a given form,
+    may do so four times more: a file of two thousand equal rows is written by a call."""
 
     min_tokens: int = 1024
     min_repeats: int = 8
@@ -30,6 +31,10 @@ class Repetition:
     @cached_property
     def in_answers(self) -> "Repetition":
         return replace(self, min_tokens=4 * self.min_tokens, min_repeats=4 * self.min_repeats)
+
+    @cached_property
+    def in_data(self) -> "Repetition":
+        return self.in_answers.in_answers
 
     def __post_init__(self) -> None:
         if min(self.min_tokens, self.max_period) < 1 or self.min_repeats < 2:
