@@ -14,7 +14,7 @@ silently:
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -136,6 +136,7 @@ class Grammar:
         """Calls of OpenAI-style tools. auto: text, then calls or none; required: calls at once; named: one call of the
         tool ``name``; none: text alone. answer: what the text must be where nothing is called."""
         definitions = {d["name"]: d.get("parameters") for d in (t.get("function", t) for t in tools)}
+        _check_names(definitions)
         if choice == "named":
             if name not in definitions:
                 raise RequestError(f"tool_choice: no tool is called {name!r}; there are {', '.join(definitions)}",
@@ -182,6 +183,14 @@ class _Rules:
         error, messages = _validated(f"start: %json {body}")
         self.warnings += [f"{where}: {m.splitlines()[0]}" for m in messages]
         return None if error else self.rule(f"%json {body}")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """RequestError unless a call can say them all."""
+    odd = next((n for n in names if n != n.strip() or any(mark in n for mark in (CALL, END_CALL, KEY))), None)
+    if odd is not None:
+        raise RequestError(f"tools: no call can name a tool {odd!r}; leave out white space at its ends, and the marks "
+                           "of a call", param="tools")  # fmt: skip
 
 
 def _call(rules: _Rules, name: str, parameters: Any) -> str:

@@ -889,6 +889,40 @@ def test_a_wrong_field_is_named_as_the_client_wrote_it(http: httpx.Client, path:
     assert reply.json()["error"].get("param") == (None if "messages" in path else param)
 
 
+DEEP = "[" * 300 + "]" * 300
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("end", ["</arg_value></tool_call>", "</arg_value><arg_key>b</arg_key><arg_value>cut"])
+def test_arguments_may_be_deep(script: Script, http: httpx.Client, stream: bool, end: str) -> None:
+    """What reads halves of JSON gives up at a depth of 200: a call that was whole ended as a 500. Of one that was cut
+    there, nothing is certain."""
+    schema = {"type": "object", "properties": {"a": {"type": "array"}, "b": {"type": "string"}}}
+    given = {"stream": stream, "tools": [{"name": "f", "input_schema": schema}]}
+    script.text, script.stride = f"</think><tool_call>f<arg_key>a</arg_key><arg_value>{DEEP}{end}", 50
+    limit = len(TOKENIZER.encode(script.text)) - end.endswith("cut")
+    reply = http.post("/v1/messages", json=PATHS["/v1/messages"] | given | {"max_tokens": limit})
+    assert reply.status_code == 200 and "event: error" not in reply.text
+    search = SEARCH | {"parameters": schema}
+    script.text = script.text.replace(">f<", ">tool_search<")
+    limit = len(TOKENIZER.encode(script.text)) - end.endswith("cut")
+    body = {"input": "Hi", "stream": stream, "tools": [search], "max_output_tokens": limit}
+    reply = http.post("/v1/responses", json=body)
+    response = json.loads(sse(reply.text)[-1][1])["response"] if stream else reply.json()
+    assert response["output"][-1]["arguments"] == (json.loads(f'{{"a": {DEEP}}}') if end.endswith("call>") else {})
+
+
+@pytest.mark.parametrize("name", [" get", "get\n", "a</tool_call>", "<arg_key>"])
+def test_names_that_no_call_can_say(http: httpx.Client, name: str) -> None:
+    """Their calls came as text, though one was required."""
+    for path, tool in (
+        ("/v1/chat/completions", {"type": "function", "function": {"name": name}}),
+        ("/v1/responses", {"type": "function", "name": name}), ("/v1/messages", {"name": name, "input_schema": {}}),
+    ):  # fmt: skip
+        reply = http.post(path, json=PATHS[path] | {"tools": [tool]})
+        assert reply.status_code == 400 and _said(path, reply.json())[0].startswith("tools: no call can name a tool")
+
+
 @pytest.mark.parametrize("path", [p for p in PATHS if p != "/v1/completions"])
 def test_a_client_may_want_its_loops(script: Script, http: httpx.Client, path: str) -> None:
     for fields, ends in (({}, True), ({"repetition_detection": True}, True), ({"repetition_detection": False}, False)):
@@ -977,6 +1011,8 @@ FORM: Any = {"type": "json_schema", "json_schema": {"name": "x", "foo": 1, "sche
             "tool_choice.foo, tool_choice.function.bar",
         ),
         ("/api/paas/v4/chat/completions", {"response_format": FORM}, "response_format.json_schema.foo"),
+        ("/v1/chat/completions", {"top_logprobs": 3}, "top_logprobs (without logprobs)"),
+        ("/v1/chat/completions", {"top_logprobs": 0, "logprobs": False}, None),
         ("/v1/responses", {"text": {"format": {**FORM["json_schema"], "type": "json_schema"}}}, "text.format.foo"),
         (
             "/v1/responses",

@@ -170,6 +170,7 @@ def test_half_sent_headers_are_hung_up_on_in_time() -> None:
         + b'{"items": ' * 450 + b"{}" + b"}" * 454 + b"]}",
         b"\xff\xfe", b'{"messages": [{"role": "user", "content": [{"type": "text"}, {"type": "image_url"}]}], "n": 1e999}',
         json.dumps({"messages": USER, "tools": [{"function": {"name": "f", "parameters": {"$ref": "#/$ref"}}}], "seed": -(1 << 70)}).encode(),
+        b'{"messages": [{"role": "user", "content": "x"}], "input": "x", "metadata": {"a": -1e999}}',
         json.dumps({"messages": USER, "tools": [WEATHER], "logit_bias": {"99999999": 1}, "max_tokens": -1}).encode(),
     ],
 )  # fmt: skip

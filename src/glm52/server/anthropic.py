@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic_core import from_json
-
 from glm52.chat import ContentDelta, Delta, ReasoningDelta, ToolCallArguments, ToolCallEnd, ToolCallStart
 from glm52.engine import TokenLogprob
 from glm52.errors import ContextOverflow, RequestError
@@ -30,6 +28,7 @@ from glm52.server.request import (
     Template,
     Usage,
     left_out,
+    parsed_arguments,
     sampling,
     unknown_fields,
     validated,
@@ -311,7 +310,7 @@ class Writer:
             frames.append(self._event("content_block_delta", delta=delta))
         elif self._open.startswith("call"):
             # A call that was cut off keeps what is certain of it; the stop reason says that it is not whole.
-            self._block["input"] = from_json(self._arguments or "{}", allow_partial=True)
+            self._block["input"] = parsed_arguments(self._arguments)
         self._open = None
         return [*frames, self._event("content_block_stop")]
 

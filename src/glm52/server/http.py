@@ -44,7 +44,7 @@ async def json_body(request: Request, limits: Limits) -> Any:
     if is_late:
         raise RequestError(f"the body took longer than {limits.body_s:g} s", status=408, code="body_timeout")
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
     return _mended(value) if _SURROGATE.search(body) else value
@@ -52,6 +52,14 @@ async def json_body(request: Request, limits: Limits) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """A number that can be said back: JSON has no infinity."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
 
 
 def _mended(value: Any) -> Any:

@@ -151,6 +151,7 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
     length = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
     tools, skipped = _tools(chat)
     choice = tool_choice(chat.tool_choice, tools)
+    unused = ["top_logprobs (without logprobs)"] if chat.top_logprobs and not chat.logprobs else []
     return ChatRequest(
         model=chat.model or "",
         messages=[_message(m, f"messages.{i}") for i, m in enumerate(chat.messages)],
@@ -170,7 +171,7 @@ def translate(chat: ChatBody, defaults: Defaults) -> ChatRequest:
         ends_loops=chat.repetition_detection is not False,
         include_usage=wants_usage(chat),
         n=num_answers(chat),
-        ignored=(*unknown_fields(chat), *thinking.unmade_edits(chat), *skipped),
+        ignored=(*unknown_fields(chat), *unused, *thinking.unmade_edits(chat), *skipped),
     )  # fmt: skip
 
 

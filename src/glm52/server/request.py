@@ -3,6 +3,7 @@
 Null is absent. Fields nobody knows are accepted and listed, so that a response header can name them.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from itertools import takewhile
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from glm52.chat import Delta, ReasoningDelta, Reply, ReplyParser, Thinking, ToolCallEnd, ToolCallStart, collect
 from glm52.engine import Event, Repetition, SamplingParams, TokenLogprob
@@ -275,6 +277,17 @@ class Answer:
 
     def _num(self, kind: type[Delta]) -> int:
         return sum(isinstance(d, kind) for d in self.deltas)
+
+
+def parsed_arguments(text: str) -> Any:
+    """The arguments of a call; of one that was cut off what is certain. The parser that reads halves gives up at a
+    depth of 200."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text or "{}")
+    try:
+        return from_json(text, allow_partial=True)
+    except ValueError:
+        return {}
 
 
 def usage_of(answers: Sequence[Answer], divergence: Json | None = None) -> Usage:

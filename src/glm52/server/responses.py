@@ -42,6 +42,7 @@ from glm52.server.request import (
     Sampling,
     Usage,
     left_out,
+    parsed_arguments,
     sampling,
     unknown_fields,
     validated,
@@ -587,7 +588,7 @@ class Writer:
                                       logprobs=part["logprobs"]))  # fmt: skip
             frames.append(self._event("response.content_part.done", content_index=0, part=_copy(part)))
         elif self._item["type"] not in _CALLS:
-            self._item["arguments"] = from_json(self._arguments or "{}", allow_partial=True)
+            self._item["arguments"] = parsed_arguments(self._arguments)
         elif not is_cut:
             place, kind = _CALLS[self._item["type"]]
             frames.append(self._event(f"{kind}.done", **{place: self._item[place]}, name=self._item["name"]))
