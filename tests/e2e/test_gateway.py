@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -130,7 +131,9 @@ class Fake:
                 event["completion_probabilities"] = [{"id": token, "logprob": -1.5, "top_logprobs": top}]
             return "" if is_part and body["stream"] else f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
         choice = {"text": text, "finish_reason": None} | ({"token_ids": [token]} if self.kind == "vllm" else {})
-        if body.get("logprobs") is not None and self.fault != "unscored":
+        if self.fault == "masked":
+            choice["logprobs"] = {"token_logprobs": [-math.inf], "top_logprobs": [{"a": math.nan, "b": None}]}
+        elif body.get("logprobs") is not None and self.fault != "unscored":
             name = (lambda i: f"token_id:{i}") if self.kind == "vllm" else lambda i: TOKENIZER.decode([i])
             top = {name(token): -1.5, name(7): -0.25}
             choice["logprobs"] = {"tokens": [name(token)], "token_logprobs": [-1.5], "top_logprobs": [top]}
@@ -324,7 +327,7 @@ def test_log_probabilities_of_prompts_are_those_of_upstream(fake: tuple[Fake, ht
 
 
 def test_log_probabilities_that_upstream_does_not_tell(fake: tuple[Fake, httpx.Client]) -> None:
-    """Parts of a character behind llama.cpp; all tokens where the field is not known."""
+    """Parts of a character behind llama.cpp; what could not be, all tokens where the field is not known."""
     upstream, client = fake
     body = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
     if upstream.kind == "llamacpp":
@@ -333,6 +336,11 @@ def test_log_probabilities_that_upstream_does_not_tell(fake: tuple[Fake, httpx.C
         parts = len(TOKENIZER.encode("簾")) - 1
         assert parts and [e["logprob"] for e in entries] == [*[-9999.0] * parts, -1.5]
     else:
+        upstream.fault = "masked"
+        entries = client.post(PATHS["chat"], json=body | {"top_logprobs": 2}).json()["choices"][0]["logprobs"][
+            "content"
+        ]
+        assert entries[0]["logprob"] == -9999.0 and [t["logprob"] for t in entries[0]["top_logprobs"]] == [-9999.0]
         upstream.fault = "unscored"
         reply = client.post(PATHS["chat"], json=body)
         assert reply.status_code == 502 and "log probabilities" in reply.json()["error"]["message"]

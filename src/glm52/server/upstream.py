@@ -201,10 +201,12 @@ class Upstream:
         return out + [self._scored(t, p, top, count) for t, (p, top) in zip(ids[len(out) :], told, strict=False)]
 
     def _scored(self, token: int, own: float, top: dict[str, float], count: int) -> TokenLogprob:
-        """A token with the likeliest that upstream names."""
-        likeliest = sorted(top.items(), key=lambda item: -item[1])[:count]
+        """A token with the likeliest that upstream names. What it could not be at all has OpenAI's least; JSON has no
+        infinity, and some send null instead."""
+        told = {name: max(_UNTOLD, p) for name, p in top.items() if isinstance(p, float | int)}
+        likeliest = sorted(told.items(), key=lambda item: -item[1])[:count]
         named = {self._id(name): p for name, p in likeliest}
-        return TokenLogprob(token, own, {i: p for i, p in named.items() if i is not None})
+        return TokenLogprob(token, max(_UNTOLD, own), {i: p for i, p in named.items() if i is not None})
 
     def _id(self, name: str) -> int | None:
         """``token_id:N``, or a text that is one token."""
