@@ -1037,6 +1037,7 @@ FORM: Any = {"type": "json_schema", "json_schema": {"name": "x", "foo": 1, "sche
         ),
         ("/v1/responses", {"context_management": [{"type": "compaction"}]}, "context_management.0 (compaction)"),
         ("/v1/messages", {"metadata": {"user_id": "x", "foo": 1}}, None),
+        ("/v1/messages", {"messages": [*USER, {"role": "assistant", "content": "{"}]}, "messages.1 (not continued)"),
         ("/v1/messages/count_tokens", {"foo": 1, "thinking": {"type": "adaptive", "x": 1}}, "foo, thinking.x"),
         ("/tokenize", {"bogus": 1, "chat_template_kwargs": {"x": 1}}, "bogus, chat_template_kwargs.x"),
         ("/tokenize", {"prompt": "Hi", "messages": None, "foo": 1}, "foo"),

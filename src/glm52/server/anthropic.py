@@ -74,6 +74,8 @@ def read(body: Any, defaults: Defaults) -> ChatRequest:
     choice = tool_choice(b.tool_choice, tools)
     system = [{"role": "system", "content": text}] if (text := _text(b.system, "\n\n")) else []
     unsaid = [(f"messages.{i}.content.{j}", str(kind)) for i, m in enumerate(b.messages) for j, kind in _unsaid(m)]
+    if b.messages[-1].role == "assistant":  # whose client puts the reply behind it
+        unsaid.append((f"messages.{len(b.messages) - 1}", "not continued"))
     return ChatRequest(
         model=b.model or "",
         messages=[*system, *(m for i, given in enumerate(b.messages) for m in _messages(given, f"messages.{i}"))],
