@@ -535,6 +535,16 @@ def test_the_search_for_tools_is_the_clients(script: Script, gpt: openai.OpenAI,
     assert "mcp__notes__list" not in head and "tool_search" in head and shown.count('"name": "mcp__notes__') == 2
 
 
+def test_the_search_for_tools_can_be_chosen(script: Script, http: httpx.Client) -> None:
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "tool_search"}]}
+    for choice in (allowed, {"type": "tool_search"}):
+        script.text = f"</think>{SEARCH_CALL}"
+        body = {"input": "Hi", "tools": [SEARCH, RESPONSES_TOOL], "tool_choice": choice}
+        assert http.post("/v1/responses", json=body).json()["output"][0]["type"] == "tool_search_call"
+        grammar = script.params[-1].grammar
+        assert grammar is not None and '"tool_search"' in grammar.source and "get_weather" not in grammar.source
+
+
 def test_tools_may_come_in_the_input(script: Script, http: httpx.Client) -> None:
     """Those that OpenAI's servers searched for are named; what they found can be called all the same."""
     call = {"type": "tool_search_call", "execution": "server", "arguments": {"paths": ["x"]}}

@@ -269,6 +269,8 @@ def _chosen(given: Any, called: Mapping[str, _Called]) -> list[Any]:
     """The functions that a choice means: all of a namespace, or one, whose namespace may be missing where no other tool
     has its name."""
     name, kind = (given.get("name"), given.get("type")) if isinstance(given, dict) else (None, None)
+    if kind == "tool_search" and _SEARCH in called:
+        return [{"type": "function", "name": _SEARCH}]
     if not isinstance(name, str) or kind not in ("function", "custom", "namespace"):
         return [given]
     if kind == "namespace":
