@@ -92,6 +92,17 @@ def test_a_prompt_that_is_put_back_is_scored_once() -> None:
     assert again.prompt_logprobs == alone.prompt_logprobs and again.output == alone.output
 
 
+def test_a_long_prompt_is_scored_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a whole step were made at once: with a large vocabulary most of the memory that it took."""
+    made = engine(1024, max_batch_tokens=1000)
+    right, seen = made.model.logits, []
+    monkeypatch.setattr(made.model, "logits", lambda h: seen.append(len(h)) or right(h))
+    scored = generate(made, [list(range(900))], reply(1, prompt_logprobs=1))[0]
+    assert len(scored.prompt_logprobs) == 900 and max(seen) < 300
+    again = generate(engine(1024, max_batch_tokens=32), [list(range(900))], reply(1, prompt_logprobs=1))[0]
+    assert again.prompt_logprobs == scored.prompt_logprobs
+
+
 def test_a_prompt_of_one_token_has_one_entry() -> None:
     assert generate(engine(128), [[5]], reply(2, prompt_logprobs=0))[0].prompt_logprobs == [None]
 

@@ -30,6 +30,7 @@ from glm52.pages import Pages
 from glm52.tokenizer import Tokenizer
 
 _RESTORE_S = 0.02  # of a step, for reading pages from disk
+_SCORED = 256  # rows of a prompt whose logits are there together
 
 
 class Model(Protocol):
@@ -208,13 +209,17 @@ class Engine:
         at = 0
         for w in work:
             seq, first = w.seq, at - w.seq.num_cached  # the row of position 0, if it were there
-            begin = max(w.seq.num_cached, len(seq.prompt_logprobs) - 1)  # a preempted prompt is computed again
-            end = min(w.seq.num_cached + w.count, len(seq.prompt) - 1)
-            if seq.params.prompt_logprobs is not None and begin < end:
-                logits = self.model.logits(h_TD[first + begin : first + end]).numpy()
-                for x, token in zip(logits, seq.prompt[begin + 1 : end + 1], strict=True):
-                    seq.prompt_logprobs.append(_logprob(x, token, seq.params.prompt_logprobs))
             at += w.count
+            count = seq.params.prompt_logprobs
+            if count is None:
+                continue
+            begin = max(seq.num_cached, len(seq.prompt_logprobs) - 1)  # a preempted prompt is computed again
+            end = min(seq.num_cached + w.count, len(seq.prompt) - 1)
+            for some in range(begin, end, _SCORED):
+                to = min(some + _SCORED, end)
+                logits = self.model.logits(h_TD[first + some : first + to]).numpy()
+                for x, token in zip(logits, seq.prompt[some + 1 : to + 1], strict=True):
+                    seq.prompt_logprobs.append(_logprob(x, token, count))
 
     def _sample_and_verify(self, work: list[Work], h_TD: Tensor) -> list[Event]:
         """Tokens of the sequences whose prompt is now complete: accepted drafts and one token of the model's own."""
