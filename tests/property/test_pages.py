@@ -1,6 +1,7 @@
 """Page accounting and scheduling under random traffic, checked against a model of what should be there."""
 
 import random
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,18 +55,25 @@ def sequence(id: int, length: int, rng: random.Random) -> Sequence:
 
 
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 1 << 30), max_seqs=st.integers(1, 4), spare=st.integers(0, 12))
-def test_the_scheduler_keeps_its_budget_and_starves_nobody(seed: int, max_seqs: int, spare: int) -> None:
+@given(seed=st.integers(0, 1 << 30), max_seqs=st.integers(1, 4), spare=st.integers(0, 12), beside=st.integers(1, 12))
+def test_the_scheduler_keeps_its_budget_and_starves_nobody(seed: int, max_seqs: int, spare: int, beside: int) -> None:
     """No model: every scheduled sequence simply gets a token when its prompt is computed, and ends after eight."""
-    rng = random.Random(seed)
+    with patch("glm52.engine.scheduler.BESIDE_REPLIES", beside):
+        _play(random.Random(seed), max_seqs, spare, beside)
+
+
+def _play(rng: random.Random, max_seqs: int, spare: int, beside: int) -> None:
     scheduler = Scheduler(Pages(12, 2), max_seqs + spare, max_seqs)
     for i in range(rng.randint(1, 8)):
         scheduler.waiting.append(sequence(i, rng.randint(1, 14), rng))
     total, steps, done = len(scheduler.waiting), 0, 0
     while scheduler.running or scheduler.waiting:
+        going_on = sum(1 + len(s.drafts) for s in scheduler.running)
+        is_awaited = any(s.num_uncached == 1 for s in scheduler.running)
         work = scheduler.schedule()
         assert work, "something always moves"
         assert sum(w.count for w in work) <= scheduler.max_batch_tokens and len(work) <= max_seqs
+        assert not is_awaited or sum(w.count for w in work) <= going_on + beside
         assert all(w.count > 0 and len(w.seq.pages) * 2 >= w.seq.num_cached + w.count for w in work)
         assert len(work) == len(scheduler.running), "every running sequence moves in every step"
         for w in work:

@@ -42,6 +42,22 @@ def test_a_newcomer_begins_beside_a_long_prompt() -> None:
     assert short.output and 100 < long.num_cached < 200
 
 
+@pytest.mark.parametrize("num_drafts", [0, 5])
+def test_a_reply_does_not_wait_for_large_chunks(num_drafts: int) -> None:
+    """Prompts have a step of 2,048 tokens to themselves, but 512 of one that a reply waits for."""
+    made = engine(20_000, max_seqs=2, max_batch_tokens=2048, num_drafts=num_drafts)
+    short = made.submit([7, 8, 9], reply(4))
+    made.step()
+    long = made.submit(range(4050), reply(1))
+    while short.finish_reason is None:
+        before = long.num_cached
+        made.step()
+        assert 512 <= long.num_cached - before <= 512 + 1
+    before = long.num_cached
+    made.step()
+    assert long.num_cached == before + 2048
+
+
 def test_who_cannot_begin_yet_is_kept_no_tokens() -> None:
     made = engine(256, max_seqs=2, max_batch_tokens=64)
     long = made.submit(range(200), reply(4))

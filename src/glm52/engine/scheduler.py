@@ -1,7 +1,8 @@
 """Who computes how many tokens in the next step. Plain data in, a plan out; the pages are its only resource.
 
 Running sequences come first, oldest first, each with its next token and its drafts; what is left of the token budget
-goes to prompts in chunks. When pages run out the youngest running sequence is put back, whole, to be computed again.
+goes to prompts in chunks: while a reply runs in small ones, since it waits for each. When pages run out the youngest
+running sequence is put back, whole, to be computed again.
 """
 
 from collections import deque
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 
 from glm52.engine.sequence import Sequence
 from glm52.pages import Pages
+
+BESIDE_REPLIES = 512  # tokens of prompts in a step that replies wait for
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Work:
 
 @dataclass
 class Scheduler:
-    """Queues and the budget of a step: at most ``max_batch_tokens`` tokens of at most ``max_seqs`` sequences."""
+    """Queues and the budget of a step: at most ``max_batch_tokens`` tokens of at most ``max_seqs`` sequences; while a
+    reply runs, at most BESIDE_REPLIES more than all that run need to go on."""
 
     pages: Pages
     max_batch_tokens: int
@@ -35,10 +39,10 @@ class Scheduler:
     def schedule(self, is_ready: Callable[[Sequence], bool] = lambda seq: True) -> list[Work]:
         """The next step's work; its pages are allocated. is_ready: whether a sequence may start now."""
         plan: list[Work] = []
-        budget = self.max_batch_tokens
+        limit = budget = self._limit()
         for seq in list(self.running):
             if seq in self.running:  # an older one's need may have put it back
-                work = self._continue(seq, budget - self._kept_from(seq))
+                work = self._continue(seq, budget - self._kept_from(seq, limit))
                 if work is not None:
                     plan.append(work)
                     budget -= work.count
@@ -51,13 +55,20 @@ class Scheduler:
             budget -= work.count
         return plan
 
-    def _kept_from(self, seq: Sequence) -> int:
-        """Tokens that are kept for others, so that a long prompt stalls nobody: one for every running sequence behind
-        this one, and a quarter of the rest for who waits and may come."""
+    def _limit(self) -> int:
+        """Tokens of the next step. Prompts alone may have all; a reply should not stutter for them."""
+        if not any(seq.num_uncached == 1 for seq in self.running):
+            return self.max_batch_tokens
+        going_on = sum(1 + len(seq.drafts) for seq in self.running)
+        return min(self.max_batch_tokens, going_on + BESIDE_REPLIES)
+
+    def _kept_from(self, seq: Sequence, limit: int) -> int:
+        """Tokens of a step's that are kept for others, so that a long prompt stalls nobody: one for every running
+        sequence behind this one, and a quarter of the rest for who waits and may come."""
         behind = len(self.running) - self.running.index(seq) - 1
         if not self.waiting or len(self.running) == self.max_seqs or self._lacks_pages(self.waiting[0], 0):
             return behind
-        return behind + (self.max_batch_tokens - len(self.running)) // 4
+        return behind + (limit - len(self.running)) // 4
 
     def _lacks_pages(self, seq: Sequence, matched: int) -> bool:
         """Whether too few pages are free for a sequence to begin: those that running prompts will need are not."""
