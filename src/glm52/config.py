@@ -173,6 +173,27 @@ class GLMConfig:
         row, key = self.row_bytes(fmt)
         return self.num_hidden_layers * row + self.indexer_types.count(FULL) * key
 
+    def scratch_bytes(self, threads: int, *, rounded_bytes: int = 2) -> int:
+        """What the native body takes for each token of a step: activations, sorted by experts too, and candidates of
+        the indexers' search once there are more rows than they select. rounded_bytes: of a value as products take it.
+
+        To within a tenth (tests/unit/test_memory.py). Source: the buffers of csrc/stack.h.
+        """
+        D, H, C, Q, K = (self.hidden_size, self.num_attention_heads, self.kv_lora_rank, self.q_lora_rank,
+                         self.num_experts_per_tok)  # fmt: skip
+        X, I, G, mtp = self.index_n_heads, self.index_head_dim, self.index_topk, self.num_nextn_predict_layers
+        of_values = H * self.v_head_dim
+        of_experts = self.moe_intermediate_size * (K + self.n_shared_experts)
+        floats = (5 + 2 * mtp) * D  # the stream, normed, for the router, by the next embedding, as a forward's result
+        floats += 2 * Q + self.row_width + I + H * self.qk_head_dim + X * (I + 1) + self.qk_rope_head_dim
+        floats += 2 * H * C + of_values  # absorbed queries, mixed latents, values
+        floats += self.n_routed_experts + 4 * K + max(self.intermediate_size, of_experts)
+        floats += G + 2 * (2 * G + 64)  # rows selected; twice as many candidates of eight bytes
+        # What products take: of all tokens at once, of those of each expert, and of one head by each thread.
+        taken = max((1 + mtp) * D, Q, of_values, self.intermediate_size)
+        taken += (K + 1) * D + of_experts + threads * max(self.qk_nope_head_dim, C)
+        return 4 * floats + rounded_bytes * taken
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "GLMConfig":
         """Understand an official config.json; ConfigError names the key, what was expected and what was found.

@@ -1,6 +1,6 @@
 """The one place that composes: a checkpoint folder becomes a model, and a model a checkpoint folder."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from glm52.errors import ConfigError
 from glm52.headers import stored_bytes
 from glm52.hub import name_of
 from glm52.model import GLM
-from glm52.native import NativeGLM
+from glm52.native import NativeGLM, rounded_bytes
 from glm52.packing import packed_bytes
 from glm52.quant import WeightFormat
 
@@ -43,36 +43,59 @@ def _reference(checkpoint: Checkpoint, dtype: torch.dtype | None) -> GLM:
     return model.requires_grad_(False).eval()
 
 
-def load_for_inference(
-    folder: Path, fmt: WeightFormat | None = None, cache: CacheFormat = "auto", *, num_rows: int = 0
-) -> GLM | NativeGLM:
-    """Read a folder for generation: packed for the native kernels where there are any, else the reference model.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder that was looked into for generation, and what it takes once it is loaded. fmt: of the weights; None: as
+    they are stored."""
+
+    checkpoint: Checkpoint
+    fmt: WeightFormat | None
+    cache: CacheFormat
+    needs: memory.Needs
+
+    def load(self, *, rows: int = 0, tokens: int = 0) -> GLM | NativeGLM:
+        """The model, packed for the native kernels where there are any, else the reference. PlanError if with a cache
+        of so many rows and steps of so many tokens it is more than this machine can hold."""
+        self.needs.require(rows, tokens)
+        with memory.running_out(self.needs.name):
+            if ops.backend() != "reference":
+                return NativeGLM(self.checkpoint, self.fmt, cache=self.cache)
+            model = _reference(self.checkpoint, torch.float32 if self.fmt == "f32" else torch.bfloat16)
+        model.cache_format = self.cache
+        return model
+
+
+def look_into(folder: Path, fmt: WeightFormat | None = None, cache: CacheFormat = "auto") -> Source:
+    """Read a folder's headers.
 
     fmt None: as it is stored, if it is quantised; else f32 for a small model and bf16 for others. ConfigError if a
-    quantised format is asked for without kernels, since the reference holds none. num_rows: of the cache that will be
-    asked for; PlanError if weights and cache are more than this machine can hold.
+    quantised format is asked for without kernels, since the reference holds none. Scratch is the native body's: the
+    reference's is up to three times as much.
     """
     checkpoint, is_native = Checkpoint(folder, GLMConfig.read(folder)), ops.backend() != "reference"
     if not is_native and fmt not in (None, "f32", "bf16"):
         raise ConfigError(f"--format {fmt}: expected f32 or bf16 without the native kernels; install a C++ compiler "
                           "and glm52 again for the others")  # fmt: skip
-    name, files = name_of(folder), stored_bytes(folder)
+    files = stored_bytes(folder)
     if fmt is None and not (is_native and checkpoint.quantized):
         fmt = "f32" if files < _SMALL_BYTES else "bf16"
     own = "f32" if fmt == "f32" else "bf16"
     config, row_format = checkpoint.config, own if cache == "auto" else cache
-    row = config.cache_bytes(row_format) + config.num_nextn_predict_layers * sum(config.row_bytes(row_format))
     if is_native:
         weights = packed_bytes(checkpoint.shapes, checkpoint.quantized, fmt)
     else:
         weights = config.num_parameters() * (4 if fmt == "f32" else 2)
-    memory.require(name, weights, row, num_rows, mapped=files)
-    with memory.running_out(name):
-        if is_native:
-            return NativeGLM(checkpoint, fmt, cache=cache)
-        model = _reference(checkpoint, torch.float32 if fmt == "f32" else torch.bfloat16)
-    model.cache_format = cache
-    return model
+    needs = memory.Needs(
+        name=name_of(folder), weights=weights, mapped=files,
+        row=config.cache_bytes(row_format) + config.num_nextn_predict_layers * sum(config.row_bytes(row_format)),
+        scratch=config.scratch_bytes(torch.get_num_threads(), rounded_bytes=rounded_bytes(fmt)),
+    )  # fmt: skip
+    return Source(checkpoint=checkpoint, fmt=fmt, cache=cache, needs=needs)
+
+
+def load_for_inference(folder: Path, fmt: WeightFormat | None = None, cache: CacheFormat = "auto") -> GLM | NativeGLM:
+    """Read a folder for generation, see ``look_into``; PlanError if its weights are more than this machine can hold."""
+    return look_into(folder, fmt, cache).load()
 
 
 def save(model: GLM, folder: Path) -> None:

@@ -1,15 +1,18 @@
-"""What this machine can hold, and whether a model and its cache are more than that: said before anything is loaded."""
+"""What this machine can hold, and whether a model, its cache and its steps are more than that: said before anything is
+loaded."""
 
 import contextlib
 import os
 import re
 import resource
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from glm52.errors import PlanError
 
 _PAGE = 64  # rows that a cache is made of
+_TILE = 64  # tokens of a small step
 _OF_CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -28,16 +31,34 @@ def limit_bytes(mapped: int = 0) -> int:
     return min(limits)
 
 
-def require(name: str, weights: int, row: int, rows: int, *, mapped: int = 0) -> None:
-    """PlanError if so many bytes of weights and rows of the cache are more than can be held. row: bytes of one."""
-    limit, cache = limit_bytes(mapped), row * rows
-    if weights + cache <= limit:
-        return
-    fitting = (9 * limit // 10 - weights) // row // _PAGE * _PAGE  # others want some, too
-    advice = f"--context {fitting}" if fitting > 0 else "a smaller --format, or a machine with more"
-    needed, w, c, has = (f"{n / 1e9:,.1f}" for n in (weights + cache, weights, cache, limit))
-    raise PlanError(f"{name} needs {needed} GB of memory (weights {w}, {rows:,} rows of the cache {c}), and this "
-                    f"machine has {has} for it; try {advice}")  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a model takes, in bytes: all weights, a row of the cache, the scratch of a token of a step; files that will
+    be mapped."""
+
+    name: str
+    weights: int
+    row: int
+    scratch: int
+    mapped: int
+
+    def require(self, rows: int, tokens: int) -> None:
+        """PlanError if a cache of so many rows and steps of so many tokens are more than can be held."""
+        tokens = min(tokens, rows)  # each writes one
+        limit, cache, scratch = limit_bytes(self.mapped), self.row * rows, self.scratch * tokens
+        needed = self.weights + cache + scratch
+        if needed <= limit:
+            return
+        left = 9 * limit // 10 - self.weights  # others want some, too
+        fitting = (left - scratch) // self.row // _PAGE * _PAGE
+        advice = "a smaller --format, or a machine with more"
+        if fitting > 0:
+            advice = f"--context {fitting}"
+        elif left > 0 and tokens > _TILE:
+            advice = "a smaller --max-batch-tokens or --max-seqs"
+        n, w, c, s, has = (f"{n / 1e9:,.1f}" for n in (needed, self.weights, cache, scratch, limit))
+        raise PlanError(f"{self.name} needs {n} GB of memory (weights {w}, {rows:,} rows of the cache {c}, steps of "
+                        f"{tokens:,} tokens {s}), and this machine has {has} for it; try {advice}")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -145,6 +145,12 @@ class NativeGLM:
         return drafts_SK
 
 
+def rounded_bytes(fmt: WeightFormat | None) -> int:
+    """Of a value as products with weights of a format take it. Only AVX-512 multiplies bfloat16 as it is."""
+    multiplies_pairs = ops.backend() in ("native (avx512)", "native (amx)")
+    return 2 if fmt in ("int8", "int4") or (fmt != "f32" and multiplies_pairs) else 4
+
+
 def _where(spans: Spans) -> tuple[Any, Any, int]:
     """As numpy, which the extension takes in a tenth of the time it takes a torch tensor in."""
     return spans.where_3T.numpy(), spans.tables_SP.numpy(), spans.page_size

@@ -16,7 +16,7 @@ from glm52.engine import Engine, SamplingParams
 from glm52.engine.store import Store
 from glm52.errors import CheckpointError, RequestError
 from glm52.hub import name_of
-from glm52.load import load_for_inference
+from glm52.load import look_into
 from glm52.options import integer
 from glm52.quant import WeightFormat
 from glm52.tokenizer import Tokenizer
@@ -62,14 +62,15 @@ class Session:
         prefix_cache: Path | None = None,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> "Session":
-        """Load a folder. fmt, cache: see ``load_for_inference``. context: cache rows for all sequences together
-        (default: the model's longest context, at most MOST_ROWS); PlanError if they and the weights do not fit this
-        machine. num_drafts None: with an MTP layer up to 3, as many as pay. prefix_cache: where pages of the cache
-        outlive the process."""
+        """Load a folder. fmt, cache: see ``look_into``. context: cache rows for all sequences together (default: the
+        model's longest context, at most MOST_ROWS). max_batch_tokens: of a step. PlanError if all that and the weights
+        do not fit this machine. num_drafts None: with an MTP layer up to 3, as many as pay. prefix_cache: where pages
+        of the cache outlive the process."""
         config = GLMConfig.read(folder)
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
         rows = min(config.max_position_embeddings, MOST_ROWS) if context is None else context
-        model = load_for_inference(folder, fmt, cache, num_rows=rows)
+        source = look_into(folder, fmt, cache)
+        model = source.load(rows=rows, tokens=max_batch_tokens)
         with memory.running_out(name_of(folder)):
             engine = Engine(
                 model,

@@ -13,7 +13,7 @@ from glm52.checkpoint import Checkpoint
 from glm52.config import GLMConfig
 from glm52.errors import PlanError
 from glm52.hub import NANO
-from glm52.load import load_for_inference
+from glm52.load import load_for_inference, look_into
 from glm52.packing import packed_bytes
 from glm52.quant import WeightFormat
 
@@ -42,27 +42,80 @@ def test_weights_are_counted_as_they_are_packed(fmt: WeightFormat | None, monkey
 
 @needs_kernels
 @pytest.mark.parametrize(("cache", "fmt"), [("auto", "f32"), ("auto", "bf16"), ("fp8", "f32")])
-def test_rows_are_counted_as_they_are_held(cache: Any, fmt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_counted_as_they_are_held(cache: Any, fmt: Any) -> None:
     """Rows of fp8 were counted where rows of f32 were held. Floats are filled up to multiples of 32: here 144 to 160."""
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory, "require", lambda name, weights, row, rows, mapped: asked.append((row, rows)))
-    held = load_for_inference(NANO, fmt, cache, num_rows=6400).new_cache(6400)
-    ((row, rows),) = asked
-    assert rows == 6400 and row * rows == pytest.approx(held.num_bytes, rel=0.1)
+    source = look_into(NANO, fmt, cache)
+    assert source.needs.row * 6400 == pytest.approx(source.load().new_cache(6400).num_bytes, rel=0.1)
+
+
+GREW = """
+import re, sys, torch
+from pathlib import Path
+from glm52.cache import Spans
+from glm52.native import NativeGLM, rounded_bytes
+from tests.fixtures import random_model, tiny_config
+
+def resident() -> int:
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+@torch.inference_mode()
+def step(begin: int, end: int) -> None:
+    tokens, spans = torch.full((end - begin,), 7), Spans.of_sequence(begin, end)
+    h_TD = model(tokens, spans, cache)
+    model.propose(h_TD, tokens, spans, cache, torch.tensor([end - begin - 1]), 1)
+
+config = tiny_config(
+    hidden_size=128, num_attention_heads=4, q_lora_rank=64, kv_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16,
+    v_head_dim=32, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8, num_experts_per_tok=3,
+    index_n_heads=4, index_head_dim=32, index_topk=256,
+)
+model = NativeGLM(random_model(config), sys.argv[1], threads=2)
+cache = model.new_cache(4160)
+for pool in cache.pools():
+    pool.zero_()
+step(0, 64)
+before = resident()
+step(64, 4160)
+print((resident() - before) / (4096 - 64) / config.scratch_bytes(2, rounded_bytes=rounded_bytes(sys.argv[1])))
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what is resident is not told")
+@pytest.mark.parametrize("fmt", ["f32", "bf16", "int8"])
+def test_scratch_is_counted_as_it_is_taken(fmt: str) -> None:
+    """What a step of 4,096 tokens adds to a process that had one of 64. Large buffers lie in huge pages."""
+    done = subprocess.run([sys.executable, "-c", GREW, fmt], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(1.0, abs=0.1)
+
+
+def needs(**changes: Any) -> memory.Needs:
+    """Of a model with 2 GB of weights, for which 512 tokens would do."""
+    fields = {"name": "nano", "weights": 2 * 10**9, "row": 10**6, "scratch": 10**6, "mapped": 0}
+    return memory.Needs(**fields | changes)
+
+
+def with_memory(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "limit_bytes", lambda mapped: num_bytes)
 
 
 @pytest.mark.parametrize(
-    ("limit", "words"),
+    ("limit", "tokens", "words"),
     [
-        (10**9, "weights 2.0, 1,000 rows of the cache 1.0), and this machine has 1.0 for it; try a smaller --format"),
-        (2_500_000_000, "nano needs 3.0 GB"),
-        (2_500_000_000, "try --context 192"),
+        (10**9, 64, "weights 2.0, 1,000 rows of the cache 1.0, steps of 64 tokens 0.1), and this machine has 1.0 for it; "
+                    "try a smaller --format"),
+        (2_500_000_000, 64, "nano needs 3.1 GB"),
+        (2_500_000_000, 64, "try --context 128"),
+        (2_500_000_000, 512, "try a smaller --max-batch-tokens or --max-seqs"),
     ],
-)
-def test_what_does_not_fit_is_said_with_what_would(limit: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "limit_bytes", lambda mapped: limit)
+)  # fmt: skip
+def test_what_does_not_fit_is_said_with_what_would(
+    limit: int, tokens: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_memory(limit, monkeypatch)
     with pytest.raises(PlanError) as caught:
-        memory.require("nano", 2 * 10**9, 10**6, 1000)
+        needs().require(1000, tokens)
     assert words in str(caught.value)
 
 
