@@ -94,7 +94,7 @@ def overlap(a: list[Tensor], b: list[Tensor], top_k: int) -> float:
 
 def scores(folder: Path, name: str, tasks: list[str], items: int) -> dict[str, float]:
     fmt, cache = parsed(name)
-    session = Session.open(folder, fmt=fmt, max_seqs=16, max_batch_tokens=1024, cache=cache)
+    session = Session.open(folder, fmt=fmt, max_seqs=16, cache=cache)
     out = {}
     for name in tasks:
         task, _, level = name.partition(":")

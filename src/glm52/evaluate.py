@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     shards = Shards(args.text, "--text") if args.text else None
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ConfigError(f"--json: expected a file in a folder that is there, found {args.json}")
-    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, max_batch_tokens=1024,
-                           context=args.context, cache=args.kv_cache_dtype)  # fmt: skip
+    session = Session.open(resolve(args.model), fmt=args.format, max_seqs=16, context=args.context,
+                           cache=args.kv_cache_dtype)  # fmt: skip
     if args.dense:
         session.engine.model.index_topk = session.engine.context_length
     results: list[Score] = []
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             results.append(score)
     stats = session.engine.stats
     rates = [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True) if d]
-    print(f"drafts accepted by depth: {', '.join(f'{r:.3f}' for r in rates) or 'none drafted'}")
+    print(f"drafts accepted by depth: {', '.join(f'{r:.3f}' for r in rates) or 'none drafted'}; {session.chunks}")
     text = bits_per_byte_of_shards(session, shards) if shards else {}
     if args.json:
         payload: dict[str, Any] = {

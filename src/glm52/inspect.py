@@ -13,6 +13,7 @@ from glm52.contents import Contents, account
 from glm52.errors import CheckpointError
 from glm52.headers import INDEX, TensorInfo, read_headers, read_index
 from glm52.hub import resolve
+from glm52.memory import suited_tokens
 from glm52.options import integer
 from glm52.schemes import Quantization
 
@@ -51,7 +52,9 @@ def _folder(model: str | None) -> Path | None:
 
 
 def describe(config: GLMConfig, context: int) -> dict[str, Any]:
-    """Everything that follows from the configuration. Bytes are exact; FLOPs count two per multiply-add."""
+    """Everything that follows from the configuration. Bytes are exact, but those of a step; FLOPs count two per
+    multiply-add. step: where memory does not bound it, computed by one thread."""
+    tokens = suited_tokens(config.n_routed_experts / config.num_experts_per_tok)
     mtp = config.num_nextn_predict_layers
     full = [i for i in config.index_layers if i < config.num_hidden_layers]
     return {
@@ -78,6 +81,7 @@ def describe(config: GLMConfig, context: int) -> dict[str, Any]:
             }
             for fmt in ("bf16", "fp8")
         },
+        "step": {"tokens": tokens, "scratch_bytes": tokens * config.scratch_bytes(threads=1)},
         "flops_per_token": flops_per_token(config, context),
         "context": context,
     }
@@ -193,6 +197,8 @@ def render(name: str, report: dict[str, Any]) -> str:
             f"{parts['index_keys']:,} index keys  (+{parts['mtp_layer']:,} for the MTP layer)",
             f"{f'  at {context:,} tokens':<26}{_bytes(parts['total'] * context)}",
         ]
+    tokens, scratch = report["step"]["tokens"], report["step"]["scratch_bytes"]
+    lines.append(f"{f'a step of {tokens:,} tokens':<26}{_bytes(scratch)}   (fewer where memory is short)")
     unit, size = next(((u, s) for u, s in _FLOP if flops["matrices"] >= s), _FLOP[-1])
     lines += [
         "",

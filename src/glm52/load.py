@@ -89,6 +89,7 @@ def look_into(folder: Path, fmt: WeightFormat | None = None, cache: CacheFormat 
         name=name_of(folder), weights=weights, mapped=files,
         row=config.cache_bytes(row_format) + config.num_nextn_predict_layers * sum(config.row_bytes(row_format)),
         scratch=config.scratch_bytes(torch.get_num_threads(), rounded_bytes=rounded_bytes(fmt)),
+        experts=config.n_routed_experts / config.num_experts_per_tok,
     )  # fmt: skip
     return Source(checkpoint=checkpoint, fmt=fmt, cache=cache, needs=needs)
 

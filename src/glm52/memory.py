@@ -1,5 +1,5 @@
 """What this machine can hold, and whether a model, its cache and its steps are more than that: said before anything is
-loaded."""
+loaded. How large steps are to be follows from the same figures."""
 
 import contextlib
 import os
@@ -12,7 +12,10 @@ from pathlib import Path
 from glm52.errors import PlanError
 
 _PAGE = 64  # rows that a cache is made of
-_TILE = 64  # tokens of a small step
+_TILE = 64  # what numbers of tokens are multiples of
+FOR_EXPERT = 64  # tokens of an expert at which its weights are read for enough of them: see docs/performance.md
+FEWEST, MOST = 512, 8192  # tokens of a step where memory has nothing to say
+SHARE = 0.25  # of what weights and cache leave, for scratch
 _OF_CONTAINERS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -31,16 +34,31 @@ def limit_bytes(mapped: int = 0) -> int:
     return min(limits)
 
 
+def suited_tokens(experts: float) -> int:
+    """Tokens of a step that suit a model: FOR_EXPERT for each of a layer's experts, if all are chosen alike, within
+    what is worth it for others' sake. experts: how many there are for each that a token takes."""
+    return min(max(int(FOR_EXPERT * experts) // _TILE * _TILE, FEWEST), MOST)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a model takes, in bytes: all weights, a row of the cache, the scratch of a token of a step; files that will
-    be mapped."""
+    be mapped. experts: see ``suited_tokens``."""
 
     name: str
     weights: int
     row: int
     scratch: int
     mapped: int
+    experts: float
+
+    def step_tokens(self, rows: int, max_seqs: int) -> int:
+        """Tokens that a step may have, a multiple of 64: what suits the model, but no more than take a SHARE of what
+        weights and a cache of so many rows leave, which is counted as if nobody else were here; and one for each
+        sequence, whatever they take."""
+        left = limit_bytes(self.mapped) - self.weights - self.row * rows
+        fitting = max(int(SHARE * left) // self.scratch, 0) // _TILE * _TILE
+        return max(min(suited_tokens(self.experts), fitting), -(-max_seqs // _TILE) * _TILE)
 
     def require(self, rows: int, tokens: int) -> None:
         """PlanError if a cache of so many rows and steps of so many tokens are more than can be held."""

@@ -49,6 +49,11 @@ class Session:
     engine: Engine
     defaults: dict[str, Any]
 
+    @property
+    def chunks(self) -> str:
+        """For people: how prompts are read."""
+        return f"prompts are read in chunks of up to {self.engine.scheduler.max_batch_tokens:,} tokens"
+
     @staticmethod
     def open(
         folder: Path,
@@ -56,27 +61,28 @@ class Session:
         fmt: WeightFormat | None = None,
         context: int | None = None,
         max_seqs: int = 8,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         num_drafts: int | None = None,
         cache: CacheFormat = "auto",
         prefix_cache: Path | None = None,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> "Session":
         """Load a folder. fmt, cache: see ``look_into``. context: cache rows for all sequences together (default: the
-        model's longest context, at most MOST_ROWS). max_batch_tokens: of a step. PlanError if all that and the weights
-        do not fit this machine. num_drafts None: with an MTP layer up to 3, as many as pay. prefix_cache: where pages
-        of the cache outlive the process."""
+        model's longest context, at most MOST_ROWS). max_batch_tokens: of a step; None: as ``Needs.step_tokens``
+        chooses. PlanError if all that and the weights do not fit this machine. num_drafts None: with an MTP layer up to
+        3, as many as pay. prefix_cache: where pages of the cache outlive the process."""
         config = GLMConfig.read(folder)
         tokenizer, template = Tokenizer.read(folder), ChatTemplate.read(folder)
         rows = min(config.max_position_embeddings, MOST_ROWS) if context is None else context
         source = look_into(folder, fmt, cache)
-        model = source.load(rows=rows, tokens=max_batch_tokens)
+        tokens = source.needs.step_tokens(rows, max_seqs) if max_batch_tokens is None else max_batch_tokens
+        model = source.load(rows=rows, tokens=tokens)
         with memory.running_out(name_of(folder)):
             engine = Engine(
                 model,
                 num_rows=rows,
                 max_seqs=max_seqs,
-                max_batch_tokens=max_batch_tokens,
+                max_batch_tokens=tokens,
                 num_drafts=(3 if model.mtp else 0) if num_drafts is None else num_drafts,
                 adaptive=num_drafts is None,
                 tokenizer=tokenizer,

@@ -160,7 +160,7 @@ class Chat:
         return (
             f"prompt {s.prompt_tokens} tokens ({s.cached_tokens} from the cache), reply {s.output_tokens} tokens, "
             f"{speed:.1f} tokens/s; drafting {self.session.engine.draft_depth} tokens a step, accepted by depth: "
-            f"{', '.join(rates) or 'none drafted'}"
+            f"{', '.join(rates) or 'none drafted'}; {self.session.chunks}"
         )
 
     def say(self, text: str) -> bool:

@@ -101,7 +101,10 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["serve", "--served-model-name", ""], "argument --served-model-name: expected a name"),
         (["launch", "vllm", "--served-model-name", " "], "argument --served-model-name: expected a name"),
-        (["serve", "--port", "0", "--max-seqs", "600"], "--max-seqs: expected at most the 512 of --max-batch-tokens"),
+        (
+            ["serve", "--port", "0", "--max-seqs", "600", "--max-batch-tokens", "512"],
+            "--max-seqs: expected at most the 512 of --max-batch-tokens",
+        ),
         (["serve", "--port", "0", "--max-batch-tokens", "4"], "found 8; lower it, or raise --max-batch-tokens"),
         (["inspect", "x" * 5000], "xxx"),
         (["chat", "--prompt", "\udcff"], r"--prompt \udcff': expected text in UTF-8"),

@@ -31,11 +31,12 @@ def test_the_figures_of_glm_5_2() -> None:
     assert report["weight_bytes"]["fp8"] == 755_617_140_416
     assert report["cache_bytes_per_token"]["bf16"]["total"] == 95_232
     assert report["cache_bytes_per_token"]["fp8"]["total"] == 53_940
+    assert report["step"] == {"tokens": 2048, "scratch_bytes": 2048 * 898_816}
     assert report["layers"]["indexers"] == [*FULL_52, 78]
     assert round(report["flops_per_token"]["index_share_saving"], 2) == 2.88
     printed = render("glm-5.2", report)
     for figure in ("753,329,921,024", "19,456", "40,297,758,720", "1,506,659,919,872", "755,617,140,416", "95,232",
-                   "53,940", "2.88x", "0, 1, 2, 6, 10, 14", "70, 74, 78"):  # fmt: skip
+                   "53,940", "1,840,775,168   bytes = 1.71 GiB", "2.88x", "0, 1, 2, 6, 10, 14", "70, 74, 78"):  # fmt: skip
         assert figure in printed
 
 

@@ -16,6 +16,7 @@ from glm52.hub import NANO
 from glm52.load import load_for_inference, look_into
 from glm52.packing import packed_bytes
 from glm52.quant import WeightFormat
+from glm52.session import Session
 
 needs_kernels = pytest.mark.skipif(ops.backend() == "reference", reason="built without native kernels")
 
@@ -92,7 +93,7 @@ def test_scratch_is_counted_as_it_is_taken(fmt: str) -> None:
 
 def needs(**changes: Any) -> memory.Needs:
     """Of a model with 2 GB of weights, for which 512 tokens would do."""
-    fields = {"name": "nano", "weights": 2 * 10**9, "row": 10**6, "scratch": 10**6, "mapped": 0}
+    fields = {"name": "nano", "weights": 2 * 10**9, "row": 10**6, "scratch": 10**6, "mapped": 0, "experts": 4.0}
     return memory.Needs(**fields | changes)
 
 
@@ -117,6 +118,51 @@ def test_what_does_not_fit_is_said_with_what_would(
     with pytest.raises(PlanError) as caught:
         needs().require(1000, tokens)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("left", "max_seqs", "experts", "tokens"),
+    [
+        (10**12, 8, 4.0, 512),  # 256 would do
+        (10**12, 8, 32.0, 2048),
+        (10**12, 8, 10.5, 640),  # 672
+        (10**12, 8, 256.0, 8192),
+        (6_000_000_000, 8, 32.0, 1472),  # of 1,500, which take a quarter
+        (1_000_000_000, 8, 4.0, 192),
+        (100_000_000, 8, 32.0, 64),
+        (-(10**9), 8, 32.0, 64),  # for ``require`` to refuse
+        (100_000_000, 65, 32.0, 128),
+        (10**12, 600, 4.0, 640),
+    ],
+)
+def test_steps_suit_the_experts_and_the_memory(
+    left: int, max_seqs: int, experts: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_memory(3 * 10**9 + left, monkeypatch)
+    assert needs(experts=experts).step_tokens(1000, max_seqs) == tokens
+
+
+def test_steps_of_glm_5_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tokens of 2,048 for each of 256 experts: 1.9 GB of scratch with 32 threads."""
+    config = GLMConfig.preset("glm-5.2")
+    scratch = config.scratch_bytes(32)
+    large = needs(scratch=scratch, row=config.cache_bytes("bf16"), weights=392 * 10**9, experts=256 / 8)
+    with_memory(512 * 10**9, monkeypatch)
+    assert large.step_tokens(131_072, 8) == 2048 and 1.8e9 < 2048 * scratch < 2e9
+    with_memory(407 * 10**9, monkeypatch)
+    assert large.step_tokens(131_072, 8) == 640
+
+
+def test_a_session_takes_what_was_chosen_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Session.open(NANO, context=128).engine.scheduler.max_batch_tokens == 512
+    assert Session.open(NANO, context=128, max_batch_tokens=100).engine.scheduler.max_batch_tokens == 100
+    source = look_into(NANO)
+    with_memory(source.needs.weights + 128 * source.needs.row + 4 * 200 * source.needs.scratch, monkeypatch)
+    session = Session.open(NANO, context=128)
+    assert session.chunks == "prompts are read in chunks of up to 192 tokens"
+    assert Session.open(NANO, context=128, max_batch_tokens=100_000).engine.context_length == 128
+    with pytest.raises(PlanError, match="steps of 1,024 tokens"):
+        Session.open(NANO, context=1024, max_batch_tokens=100_000)
 
 
 @pytest.mark.parametrize("error", [MemoryError("std::bad_alloc"), RuntimeError("unable to mmap 9 bytes\nfrom file")])

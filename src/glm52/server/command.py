@@ -11,8 +11,10 @@ from pathlib import Path
 from glm52.chat import ChatTemplate
 from glm52.config import GLMConfig
 from glm52.engine import AsyncEngine
+from glm52.engine.scheduler import BESIDE_REPLIES
 from glm52.errors import RequestError
 from glm52.hub import name_of, resolve
+from glm52.memory import FEWEST, FOR_EXPERT, MOST, SHARE
 from glm52.options import integer, number, some_name, some_path
 from glm52.server import foreign
 from glm52.server.connections import Server
@@ -23,7 +25,6 @@ from glm52.session import PREFIX_CACHE_BYTES, Session, add_context_argument, add
 from glm52.tokenizer import Tokenizer
 
 STREAM_EVERY_MS = 33.0  # thirty pictures a second
-BATCH_TOKENS = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-waiting", type=integer(0), default=256,
         help="replies that may queue; more are refused (default: 256)")  # fmt: skip
     add("--max-batch-tokens", "--max-num-batched-tokens", type=integer(1),
-        help=f"tokens of one step (default: {BATCH_TOKENS})")  # fmt: skip
+        help=f"tokens of one step; while a reply waits for it, {BESIDE_REPLIES} of prompts (default: {FOR_EXPERT} for "
+             f"each expert, {FEWEST:,} to {MOST:,}, but no more than {SHARE:.0%}% of the memory that weights and cache "
+             "leave has room for)")  # fmt: skip
     add("--stream-every", type=number(0, 1000), metavar="MS",
         help=f"milliseconds between two events of a stream; tokens in between are joined to one event "
              f"(default: {STREAM_EVERY_MS:g}; 0: an event for each step)")  # fmt: skip
@@ -100,18 +103,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace, options: Options) -> Service:
     """A model that is computed here."""
-    batch_tokens = args.max_batch_tokens or BATCH_TOKENS
-    if args.max_seqs > batch_tokens:
+    if args.max_batch_tokens is not None and args.max_seqs > args.max_batch_tokens:
         raise RequestError(
-            f"--max-seqs: expected at most the {batch_tokens} of --max-batch-tokens, a token for each reply, found "
-            f"{args.max_seqs}; lower it, or raise --max-batch-tokens"
+            f"--max-seqs: expected at most the {args.max_batch_tokens} of --max-batch-tokens, a token for each reply, "
+            f"found {args.max_seqs}; lower it, or raise --max-batch-tokens"
         )
     session = Session.open(
         resolve(args.model), fmt=args.format, context=args.context, max_seqs=args.max_seqs,
-        max_batch_tokens=batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
+        max_batch_tokens=args.max_batch_tokens, num_drafts=args.drafts, cache=args.kv_cache_dtype,
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=PREFIX_CACHE_BYTES if args.prefix_cache_size is None else args.prefix_cache_size,
     )  # fmt: skip
+    print(f"glm52 serve: {session.chunks}", file=sys.stderr)
     name, *aliases = _names(args, session.name)
     return Service(
         AsyncEngine(
