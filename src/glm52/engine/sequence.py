@@ -1,7 +1,7 @@
 """One request inside the engine: its tokens, its rows, its drafts, and the text it has become."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from glm52.engine.guide import Closed, Guide
@@ -38,7 +38,7 @@ class TokenLogprob:
     top: Mapping[int, float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Event:
     """What one step brought a sequence. text is what the new tokens made certain; the last event has finish_reason."""
 
@@ -49,15 +49,12 @@ class Event:
     finish_reason: FinishReason | None = None
     error: str | None = None
 
-    @staticmethod
-    def joined(events: "list[Event]") -> "Event":
-        """Consecutive events of one sequence as one."""
-        return events[0] if len(events) == 1 else replace(
-            events[-1],
-            token_ids=[t for e in events for t in e.token_ids],
-            text="".join(e.text for e in events),
-            logprobs=[t for e in events for t in e.logprobs],
-        )  # fmt: skip
+    def extend(self, later: "Event") -> None:
+        """Make the next event of the same sequence a part of this one."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason
 
 
 @dataclass(eq=False, kw_only=True)

@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Stream:
-    """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken;
-    arrival: what the reader waits for where there is nothing to take; is_due: whether it wants to know of whatever
-    comes, or of the end only."""
+    """One reply between the two threads. pending: what the engine's thread left here and ``loop`` has not taken, which
+    changes behind ``door``; arrival: what the reader waits for where there is nothing to take; is_due: whether it
+    wants to know of whatever comes, or of the end only."""
 
     loop: asyncio.AbstractEventLoop
     pending: deque[Event] = field(default_factory=deque)
+    door: threading.Lock = field(default_factory=threading.Lock)
     arrival: asyncio.Future[None] | None = None
     is_due: bool = True
 
@@ -38,12 +39,18 @@ class _Stream:
     def is_ready(self) -> bool:
         return bool(self.pending) and (self.is_due or self.pending[-1].finish_reason is not None)
 
+    def put(self, event: Event) -> None:
+        """What is pending already grows by it, on the core that has both in its caches: what a reader would have to
+        join is cold there, and an event a token fills the caches of both. But a failure comes alone, after that."""
+        with self.door:
+            if self.pending and event.error is None:
+                self.pending[-1].extend(event)
+            else:
+                self.pending.append(event)
+
     def take(self) -> Event:
-        """All that is pending as one event; but a failure comes alone, after what came before it."""
-        events = [self.pending.popleft()]
-        while self.pending and self.pending[0].error is None:
-            events.append(self.pending.popleft())
-        return Event.joined(events)
+        with self.door:  # so that nothing is added to what is taken
+            return self.pending.popleft()
 
     def wake(self) -> None:
         if self.arrival is not None and not self.arrival.done():
@@ -135,9 +142,9 @@ class AsyncEngine:
                     ticks.hold(stream)
         finally:
             self._streams.pop(seq, None)
-            if self._failure is None:
+            if seq.finish_reason is None and self._failure is None:
                 self._aborted.append(seq)
-            self._wake.set()
+                self._wake.set()
 
     def close(self) -> None:
         """Let running replies end, then stop the thread; pages that wait for the disk are written."""
@@ -187,7 +194,7 @@ class AsyncEngine:
         for event in events:
             stream = self._streams.get(event.seq)
             if stream is not None:
-                stream.pending.append(event)
+                stream.put(event)
                 if stream.is_due or event.finish_reason is not None:
                     told.append(stream)
         _alert(told)
