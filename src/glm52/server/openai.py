@@ -274,14 +274,17 @@ def _structure(chat: ChatBody) -> Grammar | None:
 
 
 def guided_structure(body: SharedBody) -> Grammar | None:
-    given = body.structured_outputs or _Structured()
+    given = body.structured_outputs
     for name, kind in _FORMS.items():
         for param, value in (
-            (f"guided_{name}", getattr(body, f"guided_{name}")), (f"structured_outputs.{name}", getattr(given, kind))
-        ):  # fmt: skip
+            (f"guided_{name}", getattr(body, f"guided_{name}")),
+            (f"structured_outputs.{name}", getattr(given, kind, None)),
+        ):
             if value is not None:
                 value = _parsed(value, param) if kind == "json_schema" else value
                 return Grammar.structured(kind, value, strict=False, param=param)
+    if given is None:
+        return None
     if given.json_object:
         return Grammar.structured("json_object", param="structured_outputs.json_object")
     if given.model_extra:  # no form at all would be a surprise

@@ -68,12 +68,11 @@ def unknown_fields(body: Body) -> list[str]:
     """Paths of the fields that nobody knows, also of those inside of others. Messages and tools are lists, which the
     template may show whole, so nobody looks into them, nor into schemas."""
     found = sorted(name for name, value in (body.model_extra or {}).items() if value is not None)
-    for name, info in type(body).model_fields.items():
-        inner = getattr(body, name)
+    for name, inner in vars(body).items():
         if isinstance(inner, Body):
             found += [f"{name}.{path}" for path in unknown_fields(inner)]
         elif isinstance(inner, dict):
-            known = (k for k in info.metadata if isinstance(k, Known))
+            known = (k for k in type(body).model_fields[name].metadata if isinstance(k, Known))
             found += [f"{name}.{path}" for k in known for path in k.unknown(inner)]
     return found
 
@@ -199,7 +198,7 @@ def guided(request: ChatRequest) -> SamplingParams:
     tools, and no loops. RequestError if the form cannot be held."""
     grammar, choice = request.structure, request.tool_choice
     if request.prompts is not None:
-        return replace(request.params, grammar=grammar)
+        return request.params if grammar is None else replace(request.params, grammar=grammar)
     if request.tools and not (grammar and choice.kind == "none"):
         grammar = Grammar.tool_calls(
             request.callable_tools or (), choice.kind, name=choice.name, parallel=request.parallel_calls,
