@@ -220,6 +220,11 @@ async def _to_the_end(
     done, gone = asyncio.gather(*tasks), asyncio.ensure_future(_disconnected(receive))
     stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    def end(ended: asyncio.Future[Any]) -> None:
+        error = None if ended.cancelled() else ended.exception()
+        if not stop.done():
+            stop.set_exception(error) if error else stop.set_result(None)
+
     def watch() -> float:
         try:
             if call.time_left() <= 0:
@@ -230,14 +235,15 @@ async def _to_the_end(
                 stop.set_exception(error)
             return math.inf
 
+    for ending in (done, gone):
+        ending.add_done_callback(end)
     try:
         with call.service.clock.watching(watch):
-            await asyncio.wait((done, gone, stop), return_when=asyncio.FIRST_COMPLETED)
-        await (done if done.done() else gone if gone.done() else stop)
+            await stop
     finally:
-        for waiting in (*tasks, gone, stop):
+        for waiting in (*tasks, gone):
             waiting.cancel()
-        await asyncio.gather(*tasks, done, gone, stop, return_exceptions=True)
+        await asyncio.gather(*tasks, gone, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
