@@ -26,6 +26,7 @@ import httpx
 from bench.common import finish
 from glm52.engine import SamplingParams
 from glm52.hub import resolve
+from glm52.server.command import YOUNG
 from glm52.session import Session
 
 PROMPT = 64  # tokens
@@ -118,6 +119,7 @@ def main() -> None:
     try:
         session = Session.open(folder, max_seqs=args.streams, num_drafts=0)
         gc.freeze()  # as the server does
+        gc.set_threshold(YOUNG)
         for _ in range(600):
             try:
                 httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()

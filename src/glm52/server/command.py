@@ -25,6 +25,7 @@ from glm52.session import PREFIX_CACHE_BYTES, Session, add_context_argument, add
 from glm52.tokenizer import Tokenizer
 
 STREAM_EVERY_MS = 33.0  # thirty pictures a second
+YOUNG = 10_000  # containers between two collections: of a request's, which are a thousand, most are gone by then
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     # A full collection of all that is loaded takes a tenth of a second, in which no stream moves. It stays anyway.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(YOUNG)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
