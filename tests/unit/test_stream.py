@@ -182,7 +182,7 @@ def test_streams_fall_due_together() -> None:
 
 
 def test_many_streams_are_told_more_rarely() -> None:
-    """Readers that take a millisecond, ten in all, against an interval of twenty: a hundred times that, but no more than
+    """Readers that take a millisecond, ten in all, against an interval of twenty: two hundred times that, but no more than
     fourfold."""
     backend, waits = AsyncEngine(ScriptedModel(always(" and so on")).engine(max_seqs=10), interval_s=0.02), []
 

@@ -57,7 +57,7 @@ class _Stream:
             self.arrival.set_result(None)
 
 
-_SHARE = 100  # intervals are so many times as long as telling all their streams takes,
+_SHARE = 200  # intervals are so many times as long as telling all their streams takes,
 _STRETCH = 4  # up to so many times what was asked for
 
 
