@@ -221,7 +221,7 @@ async def _to_the_end(
     stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def end(ended: asyncio.Future[Any]) -> None:
-        error = None if ended.cancelled() else ended.exception()
+        error = asyncio.CancelledError() if ended.cancelled() else ended.exception()
         if not stop.done():
             stop.set_exception(error) if error else stop.set_result(None)
 
