@@ -1057,7 +1057,7 @@ FORM: Any = {"type": "json_schema", "json_schema": {"name": "x", "foo": 1, "sche
     ],
 )
 def test_unknown_fields_are_named_wherever_they_are(
-    http: httpx.Client, path: str, fields: Any, named: str | None
+    script: Script, http: httpx.Client, path: str, fields: Any, named: str | None
 ) -> None:
     """Those inside of others were ignored in silence, and everything on the small routes, strict=1 or not."""
     body = PATHS.get(path, {"messages": USER}) | fields
