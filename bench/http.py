@@ -1,12 +1,14 @@
 """What HTTP costs: the same prompts through the engine and through ``glm52 serve``, in turn.
 
-    python -m bench.http [MODEL] [--streams 8] [--tokens 512] [--rounds 5] [--stream-every MS]
+    python -m bench.http [MODEL] [--streams 8] [--tokens 128,512] [--rounds 5] [--stream-every MS]
 
 Time to the first token of one request, and tokens a second of several at once, streamed as text completions of token
-ids. What comes within ``--stream-every`` (the server's own option and default; 0: every step is an event) is one event,
-so the events are counted too. The server is a process of its own. So that it is measured and no client, this one reads
-bytes from sockets that were connected beforehand. It is woken by the first event of one request, but of several at
-their end only: being woken takes time of the cores that the server computes on, which a client elsewhere does not.
+ids: of whole replies, which begin one after another and end in a last event, and, from the time that replies of the
+last length take longer than those of the first, while all run. What comes within ``--stream-every`` (the server's own
+option and default; 0: every step is an event) is one event, so the events are counted too. The server is a process of
+its own. So that it is measured and no client, this one reads bytes from sockets that were connected beforehand. It is
+woken by the first event of one request, but of several at their end only: being woken takes time of the cores that the
+server computes on, which a client elsewhere does not.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from typing import cast
 
 import httpx
@@ -79,23 +82,52 @@ def request(prompt: list[int], tokens: int) -> bytes:
 
 
 def measure(args: argparse.Namespace, session: Session, port: int) -> dict[str, list[float]]:
+    """Seconds of each round: to the ``first`` token of one, and to the last of several with so many tokens; events."""
     rng, vocabulary = random.Random(0), session.tokenizer.vocab_size
-    fresh = lambda n: [[rng.randrange(vocabulary) for _ in range(PROMPT)] for _ in range(n)]  # noqa: E731
-    out: dict[str, list[float]] = {k: [] for k in ("first direct", "first http", "all direct", "all http", "events")}
+
+    def fresh(count: int) -> list[list[int]]:
+        return [[rng.randrange(vocabulary) for _ in range(PROMPT)] for _ in range(count)]
+
+    out: dict[str, list[float]] = defaultdict(list)
     for turn in range(args.rounds + 1):  # the first warms up
-        single, many = fresh(1), fresh(args.streams)
+        single, many = fresh(1), {tokens: fresh(args.streams) for tokens in args.tokens}
         found: dict[str, float] = {}
         for way in ("direct", "http") if turn % 2 else ("http", "direct"):
             if way == "direct":
                 found["first direct"] = direct(session, single, 2)[0]
-                found["all direct"] = direct(session, many, args.tokens)[1]
-            else:
-                found["first http"] = over_http(port, single, 2)[0]
-                _, found["all http"], found["events"] = over_http(port, many, args.tokens)
-        if turn:
-            for name, seconds in found.items():
-                out[name].append(seconds)
+                found |= {f"{n} direct": direct(session, prompts, n)[1] for n, prompts in many.items()}
+                continue
+            found["first http"] = over_http(port, single, 2)[0]
+            for n, prompts in many.items():
+                _, found[f"{n} http"], found[f"{n} events"] = over_http(port, prompts, n)
+        for name, seconds in found.items() if turn else ():
+            out[name].append(seconds)
     return out
+
+
+def report(args: argparse.Namespace, found: dict[str, list[float]]) -> None:
+    middle = {k: statistics.median(v) for k, v in found.items()}
+    waits = [(b - a) * 1e3 for a, b in zip(found["first direct"], found["first http"], strict=True)]
+    print(f"first token: {middle['first direct'] * 1e3:.2f} ms directly, {middle['first http'] * 1e3:.2f} over HTTP; "
+          f"{statistics.median(waits):+.2f} ms in a round, {min(waits):+.2f} to {max(waits):+.2f}")  # fmt: skip
+    for n in args.tokens:
+        shares = [a / b for a, b in zip(found[f"{n} direct"], found[f"{n} http"], strict=True)]
+        rates = [args.streams * n / middle[f"{n} {way}"] for way in ("direct", "http")]
+        print(f"{args.streams} replies of {n} tokens: {rates[0]:.0f} tokens/s directly, {rates[1]:.0f} over HTTP; "
+              f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}; "
+              f"{middle[f'{n} events']:.0f} events")  # fmt: skip
+    least, most = args.tokens[0], args.tokens[-1]
+    if least < most:
+        longer = {way: [b - a for a, b in zip(found[f"{least} {way}"], found[f"{most} {way}"], strict=True)]
+                  for way in ("direct", "http")}  # fmt: skip
+        shares = [a / b for a, b in zip(longer["direct"], longer["http"], strict=True)]
+        rates = [args.streams * (most - least) / statistics.median(v) for v in longer.values()]
+        print(f"while {args.streams} run: {rates[0]:.0f} tokens/s directly, {rates[1]:.0f} over HTTP; "
+              f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}")  # fmt: skip
+
+
+def lengths(text: str) -> list[int]:
+    return sorted(map(int, text.split(",")))
 
 
 def free_port() -> int:
@@ -108,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=lengths, default=[128, 512])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--stream-every", metavar="MS", help="the server's; 0: every step is an event")
     args = parser.parse_args()
@@ -130,19 +162,8 @@ def main() -> None:
     finally:
         server.terminate()
         server.wait()
-    num_events = statistics.median(found.pop("events"))
-    seconds = {k: statistics.median(v) for k, v in found.items()}
-    total = args.streams * args.tokens
-    rates = {k: total / seconds[f"all {k}"] for k in ("direct", "http")}
-    waits = [(b - a) * 1e3 for a, b in zip(found["first direct"], found["first http"], strict=True)]
-    print(f"first token: {seconds['first direct'] * 1e3:.2f} ms directly, {seconds['first http'] * 1e3:.2f} over HTTP; "
-          f"{statistics.median(waits):+.2f} ms in a round, {min(waits):+.2f} to {max(waits):+.2f}")  # fmt: skip
-    shares = [a / b for a, b in zip(found["all direct"], found["all http"], strict=True)]
-    print(f"{args.streams} streams: {rates['direct']:.0f} tokens/s directly, {rates['http']:.0f} over HTTP; "
-          f"{statistics.median(shares):.1%} in a round, {min(shares):.1%} to {max(shares):.1%}; "
-          f"{num_events:.0f} events for {total} tokens")  # fmt: skip
-    finish({"model": folder.name, "streams": args.streams, "num_events": num_events, "seconds": seconds,
-            "tokens_per_s": rates, "waits_ms": waits, "shares": shares})  # fmt: skip
+    report(args, found)
+    finish({"model": folder.name, "streams": args.streams, "found": found})
 
 
 if __name__ == "__main__":
