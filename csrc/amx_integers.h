@@ -83,13 +83,6 @@ void add_piece(const Piece& w, const uint8_t* x, size_t plane, Between between) 
   between();
 }
 
-inline void store_sums(int32_t* to) {
-  _tile_stored(0, to, 64);
-  _tile_stored(1, to + UNIT * LANES, 64);
-  _tile_stored(2, to + 2 * UNIT * LANES, 64);
-  _tile_stored(3, to + 3 * UNIT * LANES, 64);
-}
-
 // Two panels from `first` on times a unit of tokens from `unit` on.
 template <class F>
 void multiply_codes(const Panels& b, size_t first, const FixedTile& x, size_t unit, size_t tokens, float* out) {

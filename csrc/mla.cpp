@@ -228,6 +228,7 @@ void mix_as(const MlaArgs& a, const Softened& s, size_t begin, size_t end, float
 constexpr size_t TILE_VALUES = UNIT * UNIT * 2;
 constexpr size_t PIECE = 32;  // values of a row, or rows, that one instruction sums
 constexpr size_t RING = 4;
+static_assert(PIECE == SCORE_PAD && PIECE == ROW_PAD);
 
 // Sixteen vectors of sixteen words.
 void transpose(__m512i (&v)[UNIT]) {
@@ -345,12 +346,13 @@ void score_tile(const MlaArgs& a, size_t i, size_t first, const bf16* q, float* 
 
 // Rows [begin, end), which are still in the second cache when further heads come.
 void score_stretch(const MlaArgs& a, size_t begin, size_t end, const bf16* q, float* scores) {
-  size_t first = 0, i = begin;
+  size_t first = 0;
   for (; first + UNIT < a.heads; first += 2 * UNIT) {
-    for (i = begin; i < end; i += 2 * UNIT) score_tile<2, 2>(a, i, first, q, scores);
+    for (size_t i = begin; i < end; i += 2 * UNIT) score_tile<2, 2>(a, i, first, q, scores);
   }
   if (first >= a.heads) return;
-  for (i = begin; i + 4 * UNIT <= end; i += 4 * UNIT) score_tile<4, 1>(a, i, first, q, scores);
+  size_t i = begin;
+  for (; i + 4 * UNIT <= end; i += 4 * UNIT) score_tile<4, 1>(a, i, first, q, scores);
   if (i < end) score_tile<2, 1>(a, i, first, q, scores);
 }
 
@@ -459,16 +461,14 @@ void score(const MlaArgs& a, size_t begin, size_t end, float* scores) {
 }
 
 void soften(const MlaArgs& a, size_t begin, size_t end, float* scores, const Softened& s) {
-  const size_t padded = a.padded();
+  const bool is_f32 = a.layout.format == Format::f32, by_pieces = MATRIX_UNIT<bf16> && !is_f32;
+  const size_t padded = a.padded(), next_head = by_pieces ? SCORE_PAD : padded,
+               next_piece = by_pieces ? a.heads * SCORE_PAD : SCORE_PAD;
   for (size_t h = begin; h < end; ++h) {
     float* of_head = scores + h * a.apart();
-    if (a.layout.format == Format::f32)
-      s.inverse[h] = soften_as(of_head, a.count, padded, static_cast<float*>(s.p) + h * padded, SCORE_PAD);
-    else if (MATRIX_UNIT<bf16>)
-      s.inverse[h] =
-          soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + h * SCORE_PAD, a.heads * SCORE_PAD);
-    else
-      s.inverse[h] = soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + h * padded, SCORE_PAD);
+    const size_t to = h * next_head;
+    s.inverse[h] = is_f32 ? soften_as(of_head, a.count, padded, static_cast<float*>(s.p) + to, next_piece)
+                          : soften_as(of_head, a.count, padded, static_cast<Half::Query*>(s.p) + to, next_piece);
   }
 }
 

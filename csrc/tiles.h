@@ -20,11 +20,14 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
-inline void store_sums(float (*to)[UNIT * UNIT]) {
-  _tile_stored(0, to[0], 64);
-  _tile_stored(1, to[1], 64);
-  _tile_stored(2, to[2], 64);
-  _tile_stored(3, to[3], 64);
+// The four, one behind another.
+inline void store_sums(void* to) {
+  constexpr size_t bytes = UNIT * 64;
+  auto* at = static_cast<uint8_t*>(to);
+  _tile_stored(0, at, 64);
+  _tile_stored(1, at + bytes, 64);
+  _tile_stored(2, at + 2 * bytes, 64);
+  _tile_stored(3, at + 3 * bytes, 64);
 }
 
 // Shapes of the eight tiles: sums 0 to 3, tokens 4 and 5, weights 6 and 7. Others may use the unit between two calls of
